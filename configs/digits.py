@@ -1,0 +1,29 @@
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.steps = 2000
+    config.batch_size = 128
+    config.data_dir = ""
+    config.data = dict(name="digits", split="train", shape=(8, 8, 1), size=0, codec="pixels", flip=False)
+    config.model = dict(
+        name="UNet",
+        channels=32,
+        multipliers=(1, 2),
+        blocks=1,
+        attention=(1,),
+        heads=1,
+        classes=10,
+        dropout=0.0,
+        time="Sinusoidal",
+        dtype="float32",
+    )
+    config.process = dict(schedule="cosine", target="v", draw="draw_uniform(0.001, 0.999)", data_std=1.0, drop_label=0.1)
+    config.optimizer = dict(name="adam", learning_rate=1e-3, schedule="linear_schedule(0, 1, 100)", clip=1.0)
+    config.training = dict(ema=(0.999,), log_every=50, sample_every=500, save_every=1000, keep=3)
+    config.sampling = dict(
+        ema=0.999, times="uniform", solver="ddim", steps=50, max_steps=1000, guidance=1.5, num=100, batch_size=256, clip=True
+    )
+    return config

@@ -1,0 +1,46 @@
+"""Codecs: how uint8 images become what the process diffuses, and back."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+__all__ = ["pixels", "standardised"]
+
+
+class Codec(NamedTuple):
+    """`encode(key, x)`: uint8 [B, ..., C] -> z; `decode(z)`: z -> uint8 [B, ..., C]. The key is for stochastic encoders."""
+
+    encode: Callable[[Array, Array], Array]
+    decode: Callable[[Array], Array]
+
+
+def pixels() -> Codec:
+    """Pixels scaled linearly to [-1, 1], float32. Source: DDPM section 3.3."""
+    return standardised((0.0,), (1.0,))
+
+
+def standardised(mean: Sequence[float], std: Sequence[float]) -> Codec:
+    """Pixels with each channel's `mean` taken away and divided by its `std`, both measured on the [-1, 1] scale.
+
+    Raises ValueError where a deviation is not positive.
+    """
+    if not all(s > 0 for s in std):
+        raise ValueError(f"standardised needs positive deviations, got {std}")
+
+    def rows(x: Array) -> tuple[Array, Array]:
+        shape = (1,) * (x.ndim - 1) + (-1,)
+        return jnp.asarray(mean, jnp.float32).reshape(shape), jnp.asarray(std, jnp.float32).reshape(shape)
+
+    def encode(key: Array, x: Array) -> Array:
+        m, s = rows(x)
+        return (x.astype(jnp.float32) / 127.5 - 1 - m) / s
+
+    def decode(z: Array) -> Array:
+        m, s = rows(z)
+        return jnp.round(jnp.clip((z * s + m + 1) * 127.5, 0, 255)).astype(jnp.uint8)
+
+    return Codec(encode, decode)

@@ -1,0 +1,17 @@
+"""The one exception that means "the input is wrong", as opposed to "the program is wrong"."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Wrong input from the user: one line that names the wrong value and what is allowed.
+
+    The scripts print it on stderr without a traceback and leave with exit code 2.
+    """
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """A suggestion to append to an error, ``"; did you mean 'cosine'?"``, or ``""`` where nothing is near."""
+    match = difflib.get_close_matches(str(word), [str(a) for a in allowed], n=1)
+    return f"; did you mean {match[0]!r}?" if match else ""

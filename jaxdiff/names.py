@@ -1,0 +1,59 @@
+"""Names in a config become objects: "cosine" or "linear_beta(steps=1000)" is looked up in a module, no registry between."""
+
+import ast
+import functools
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any
+
+from jaxdiff.errors import InputError, nearest
+
+
+def public(module: ModuleType) -> list[str]:
+    """The names that a config may use of a module: its __all__, or its public callables."""
+    return sorted(getattr(module, "__all__", None) or [n for n, f in vars(module).items() if callable(f) and n[0] != "_"])
+
+
+def parse(module: ModuleType, text: str, key: str, allowed: Iterable[str] | None = None) -> tuple[Callable, tuple, dict[str, Any]]:
+    """The function that `text`, "name" or "name(1, x=2)", names in `module`, and its literal arguments.
+
+    Raises InputError naming the config's `key`, the wrong value and the allowed names.
+    """
+    try:
+        node = ast.parse(str(text).strip(), mode="eval").body
+        call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+        args = tuple(ast.literal_eval(a) for a in call.args)
+        kwargs = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
+        name = call.func.id  # type: ignore[attr-defined]
+    except (SyntaxError, ValueError, AttributeError):
+        raise InputError(f'{key}={text!r} is not a name such as "cosine" or a name with numbers such as "edm(0.5)"') from None
+    names = sorted(public(module) if allowed is None else allowed)
+    if name not in names:
+        # The list of a whole library helps nobody; the nearest name does.
+        listed = f"; allowed: {', '.join(names)}" if len(names) <= 40 else f"; {module.__name__} has no such name"
+        raise InputError(f"{key}={text!r} is unknown{nearest(name, names)}{listed}")
+    return getattr(module, name), args, kwargs
+
+
+def named(module: ModuleType, text: str, key: str) -> Any:
+    """What `text` names in `module`: the function itself, or where it has arguments or empty brackets, what the call returns.
+
+    Raises InputError where the call fails.
+    """
+    function, args, kwargs = parse(module, text, key)
+    return _call(function, text, key, *args, **kwargs) if "(" in str(text) else function
+
+
+def with_arguments(module: ModuleType, text: str, key: str) -> Callable:
+    """The function that `text` names, holding the arguments it gives; a later call that does not fit raises InputError."""
+    function, args, kwargs = parse(module, text, key)
+    return functools.partial(_call, function, text, key, *args, **kwargs)
+
+
+def _call(function: Callable, text: str, key: str, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return function(*args, **kwargs)
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{key}={text!r}: {' '.join(str(error).split())}") from error
