@@ -31,9 +31,9 @@ def main() -> None:
     out = Path(FLAGS.out or Path(FLAGS.workdir) / "samples.png")
     if out.suffix not in (".png", ".npz"):
         raise jd.InputError(f"out={out} is neither a .png nor an .npz file")
+    run = jd.load(FLAGS.workdir)
     if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
         raise jd.InputError(f"out={out}: the folder {out.parent} is not there or cannot be written")
-    run = jd.load(FLAGS.workdir)
     settings = {name: FLAGS[name].value for name in ("steps", "solver", "guidance", "label") if FLAGS[name].value is not None}
     num = run.config.sampling.num if FLAGS.num is None else FLAGS.num
     print(f"drawing {num} images at step {run.step} (the first call compiles) ...", flush=True)

@@ -31,9 +31,7 @@ def get_config() -> ConfigDict:
         time="Sinusoidal",
         dtype="float32",
     )
-    config.process = dict(
-        schedule="linear_beta(steps=1000)", target="eps", draw="draw_table(1000)", data_std=1.0, drop_label=0.0
-    )
+    config.process = dict(schedule="linear_beta(steps=1000)", target="eps", draw="draw_table(1000)", data_std=1.0, drop_label=0.0)
     config.optimizer = dict(name="adam", learning_rate=2e-4, schedule="linear_schedule(0, 1, 5000)", clip=1.0)
     config.training = dict(ema=(0.9999,), log_every=100, sample_every=5000, save_every=5000, keep=3)
     config.sampling = dict(

@@ -1,3 +1,8 @@
+"""Handwritten digits, 8x8, class-conditional.
+
+python train.py --config=configs/digits.py
+"""
+
 from ml_collections import ConfigDict
 
 

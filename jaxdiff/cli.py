@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-from absl import flags
+from absl import app, flags
 from ml_collections import ConfigDict
 
 from jaxdiff.errors import InputError, nearest
@@ -36,10 +36,12 @@ def enable_compile_cache() -> None:
 
 
 def _parse(argv: list[str]) -> None:
+    app.define_help_flags()
     try:
         rest = flags.FLAGS(argv)
-        if "config" in flags.FLAGS and flags.FLAGS["config"].present:
-            flags.FLAGS["config"].value  # noqa: B018  a file that failed to load raises here
+        config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
+        if config is not None:
+            dict(config)  # what stands for a file that failed to load raises here
     except (flags.Error, OSError, KeyError, AttributeError, TypeError, ValueError, SyntaxError, ImportError) as error:
         raise InputError(_explain(argv, error)) from error
     if len(rest) > 1:

@@ -14,4 +14,4 @@ class InputError(ValueError):
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """A suggestion to append to an error, ``"; did you mean 'cosine'?"``, or ``""`` where nothing is near."""
     match = difflib.get_close_matches(str(word), [str(a) for a in allowed], n=1)
-    return f"; did you mean {match[0]!r}?" if match else ""
+    return f"; did you mean {match[0]!r}?" if match and match[0] != word else ""

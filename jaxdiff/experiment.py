@@ -116,5 +116,5 @@ def _check(config, schedule, target, draw) -> None:
 def _try(function: Callable, *args: Any) -> Any:
     try:
         return function(*args)
-    except TypeError:
+    except (TypeError, ValueError):
         return None

@@ -15,7 +15,7 @@ def classifier_free(cond: Denoiser, uncond: Denoiser, scale: float | Array) -> D
 
     `scale` is [] or [B, 1, ..., 1]. Source: Ho and Salimans 2022, eq. 6, whose w is scale - 1.
     """
-    return Partial(_mix, partial(cond), partial(uncond), scale)
+    return Partial(_mix, partial(cond), partial(uncond), jnp.asarray(scale, float))
 
 
 def _mix(cond: Denoiser, uncond: Denoiser, scale: Array, x: Array, level: Level) -> Prediction:

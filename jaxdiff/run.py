@@ -88,9 +88,7 @@ def of(config, experiment: Experiment, params: Any, step: int = 0) -> Run:
             made = guide.classifier_free(made, of_label(np.full_like(labels, -1)), guidance)
         return guide.clip(made, *_bounds(experiment)) if config.sampling.clip else made
 
-    def generate(
-        key: Array, n: int, steps: int = 50, solver: str = "ddim", label: Any = None, guidance: float = 1.0
-    ) -> np.ndarray:
+    def generate(key: Array, n: int, steps: int = 50, solver: str = "ddim", label: Any = None, guidance: float = 1.0) -> np.ndarray:
         if n < 1:
             raise InputError(f"{n} images cannot be drawn; ask for at least 1")
         make = with_arguments(solvers, solver, "solver")

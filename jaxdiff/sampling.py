@@ -25,15 +25,13 @@ def sample_keys(key: Array, n: int) -> Array:
     return key
 
 
-def prior(
-    key: Array, level: Level, shape: tuple[int, ...], data_std: float = 1.0, noise: Noise = jax.random.normal
-) -> Array:
+def prior(key: Array, level: Level, shape: tuple[int, ...], data_std: float = 1.0, noise: Noise = jax.random.normal) -> Array:
     """Where sampling starts: noise with the variance of the noisy data at `level`, of `shape` [B, ...]; key is one or [B].
 
     The standard deviation is hypot(alpha data_std, sigma): exactly DDPM's N(0, I), and EDM's sigma_max to 2e-5.
     """
     keys = sample_keys(key, shape[0])
-    fresh = jax.vmap(lambda k: noise(k, shape[1:], jnp.float32))(keys)
+    fresh = jax.vmap(lambda k: noise(k, shape[1:], jnp.result_type(float)))(keys)
     return jnp.hypot(level.alpha * data_std, level.sigma) * fresh
 
 

@@ -59,8 +59,8 @@ def linear_beta(steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> S
 
 
 def _table(log_alpha_bar: Array, t: Array) -> Level:
-    t = jnp.asarray(t)
+    t = jnp.asarray(t) * 1.0
     rows = jnp.arange(len(log_alpha_bar), dtype=t.dtype)
     # The logarithm is interpolated, and sigma comes from expm1: near t = 0, 1 - alpha_bar has no digits in float32.
-    log = jnp.interp(t * (len(log_alpha_bar) - 1), rows, jnp.asarray(log_alpha_bar))
+    log = jnp.interp(t * (len(log_alpha_bar) - 1), rows, jnp.asarray(log_alpha_bar, t.dtype))
     return Level(jnp.exp(log / 2), jnp.sqrt(-jnp.expm1(log)))

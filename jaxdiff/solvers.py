@@ -69,15 +69,16 @@ def ddim(denoise: Denoiser, eta: float | Array = 0.0, noise: Noise = jax.random.
 
     Source: DDIM eqs. 12 and 16.
     """
-    return line(denoise, 1, Partial(_dial, eta), noise=noise)
+    return line(denoise, 1, Partial(_dial, jnp.asarray(eta, float)), noise=noise)
 
 
 def dpmpp_2m(denoise: Denoiser, eta: float | Array = 0.0, noise: Noise = jax.random.normal) -> Solver:
     """DPM-Solver++(2M), second order from one evaluation a step; eta = 1 is its SDE form.
 
-    Source: Lu et al. 2022 (DPM-Solver++), algorithm 2; its SDE form, eq. 19 (section 5).
+    Started at alpha = 0 exactly, its first two steps are of first order. Source: Lu et al. 2022 (DPM-Solver++), algorithm 2, and
+    SDE-DPM-Solver++(2M) of the same paper.
     """
-    return line(denoise, 2, Partial(_dial, eta), noise=noise)
+    return line(denoise, 2, Partial(_dial, jnp.asarray(eta, float)), noise=noise)
 
 
 def _dial(eta: Array, t: Level, s: Level, prediction: Prediction) -> Array:
@@ -132,8 +133,13 @@ def _second_order(denoise, std, add, noise, keys, state, t, s):
 def _move(std, add, noise, keys, p, t, s):
     d = std(t, s, p)
     keep = jnp.sqrt(jnp.maximum((s.sigma - d) * (s.sigma + d), 0))
-    fresh = jax.vmap(lambda key: noise(key, p.x0.shape[1:], p.x0.dtype))(keys)
-    return s.alpha * p.x0 + keep * p.eps + add(t, s, p) * fresh
+    mean, a = s.alpha * p.x0 + keep * p.eps, add(t, s, p)
+
+    def noisy():
+        return mean + a * jax.vmap(lambda key: noise(key, mean.shape[1:], mean.dtype))(keys)
+
+    # Drawing noise to multiply it by zero would cost more than the rest of the step.
+    return jax.lax.cond(jnp.any(a > 0), noisy, lambda: mean)
 
 
 def heun(denoise: Denoiser) -> Solver:

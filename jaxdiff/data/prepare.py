@@ -1,6 +1,6 @@
 """Download CIFAR-10 or MNIST and prepare it as TFDS does, without TensorFlow.
 
-    python -m jaxdiff.data.prepare cifar10 --data_dir=DIR
+python -m jaxdiff.data.prepare cifar10 --data_dir=DIR
 """
 
 import argparse
@@ -104,9 +104,7 @@ def _fetch(download: Download, downloads: Path, unfinished: Path) -> Path:
             _copy(response, file, download.size, name)
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
-        raise InputError(
-            f"cannot download {download.url}: {reason}; a copy of the file in {downloads} is taken too"
-        ) from error
+        raise InputError(f"cannot download {download.url}: {reason}; a copy of the file in {downloads} is taken too") from error
     size, found = (unfinished / name).stat().st_size, _digest(unfinished / name)
     if (size, found) != (download.size, download.sha256):
         raise InputError(

@@ -60,9 +60,7 @@ def tfds_source(name: str, split: str, data_dir: str | os.PathLike[str] | None) 
             named = [(f"example {i} of {name} {split}", r) for i, r in enumerate(records, start)]
             return [_item(what, record, image, label, mode) for what, record in named]
         except Exception as error:  # a cut file ends in errors of array_record or protobuf, or in empty records
-            raise InputError(
-                f"cannot read {name} in {directory}: copy or prepare it again ({first_line(error)})"
-            ) from error
+            raise InputError(f"cannot read {name} in {directory}: copy or prepare it again ({first_line(error)})") from error
 
     classes = tuple(features[label].names) if label else ()
     return Source(info.name, directory.name, split, classes, _fingerprint(directory), len(data), items)
@@ -148,6 +146,4 @@ def _fingerprint(directory: Path) -> str:
     """Changes when the description of the set (hashed) or a record file (name and size) does."""
     files = sorted(path for path in directory.iterdir() if path.is_file())
     texts = {path for path in files if path.suffix in (".json", ".txt")}
-    return fingerprint(
-        [[f.name, hashlib.sha256(f.read_bytes()).hexdigest() if f in texts else f.stat().st_size] for f in files]
-    )
+    return fingerprint([[f.name, hashlib.sha256(f.read_bytes()).hexdigest() if f in texts else f.stat().st_size] for f in files])

@@ -22,6 +22,8 @@ def build(config) -> UNet:
     known = {f.name: f.type for f in dataclasses.fields(UNet) if f.name not in ("parent", "name")}
     if config.name != "UNet":
         raise InputError(f"model.name={config.name!r} is unknown{nearest(config.name, ['UNet'])}; allowed: UNet")
+    if fields.get("dtype", "float32") not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"model.dtype={fields['dtype']!r} is unknown; allowed: float32, bfloat16, float16")
     for key, value in fields.items():
         if key not in known:
             raise InputError(f"model.{key} is unknown{nearest(key, known)}; allowed: {', '.join(known)}")

@@ -31,7 +31,7 @@ class Sinusoidal(nn.Module):
     @nn.compact
     def __call__(self, logsnr: Array) -> Array:
         half = self.features // 2
-        frequencies = jnp.exp(-math.log(10000.0) / (half - 1) * jnp.arange(half, dtype=jnp.float32))
+        frequencies = jnp.exp(-math.log(10000.0) / max(half - 1, 1) * jnp.arange(half, dtype=jnp.float32))
         angle = TIME_PER_LOGSNR * logsnr.astype(jnp.float32)[:, None] * frequencies[None]
         embedding = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
         return jnp.pad(embedding, ((0, 0), (0, self.features % 2)))
@@ -135,7 +135,7 @@ class UNet(nn.Module):
 
     `space` has any number of axes, each divisible by 2^(levels - 1). `multipliers` gives each level's channels, `attention` the
     levels (0 is full size) whose every block, down and up, is followed by attention; the middle always has one. With `classes` > 0
-    the condition is {"label": int [B]}, -1 being the null label (and what a missing condition means). `train` turns dropout on.
+    the condition is {"label": int [] or [B]}, -1 being the null label (and what a missing condition means). `train` turns dropout on.
     Raises ValueError where a size does not divide. Source: DDPM appendix B; its CIFAR-10 form is the default (35,746,307).
     """
 
@@ -199,7 +199,7 @@ class UNet(nn.Module):
         h = nn.Dense(width, kernel_init=INIT, name="embed1")(h)
         h = nn.Dense(width, kernel_init=INIT, name="embed2")(nn.silu(h))
         if self.classes:
-            label = jnp.full(logsnr.shape, -1) if cond is None else cond["label"]
+            label = jnp.broadcast_to(-1 if cond is None else cond["label"], logsnr.shape)
             # Row 0 is the null label, -1.
             h = h + nn.Embed(self.classes + 1, width, name="label")(label + 1)
         return h

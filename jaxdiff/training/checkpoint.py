@@ -52,9 +52,7 @@ def restore(checkpoints, shapes: TrainState, shardings: TrainState) -> TrainStat
 
     step = checkpoints.latest_step()
     abstract = jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes, shardings)
-    args = ocp.args.Composite(
-        state=ocp.args.StandardRestore(_without_ema(abstract)), ema=ocp.args.StandardRestore(abstract.ema)
-    )
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(_without_ema(abstract)), ema=ocp.args.StandardRestore(abstract.ema))
     items = _guarded(checkpoints.directory, step, lambda: checkpoints.restore(step, args=args))
     return items.state._replace(ema=items.ema)
 

@@ -71,7 +71,8 @@ def make_step(experiment: Experiment, optimizer: optax.GradientTransformation) -
             decay: optax.incremental_update(params, average, 1 - jnp.minimum(float(decay), warm))
             for decay, average in state.ema.items()
         }
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), **metrics}
+        norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
+        metrics = {"loss": loss, "grad_norm": norm, **metrics}
         return TrainState(state.step + 1, params, ema, opt_state, extra), metrics
 
     return step

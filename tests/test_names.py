@@ -1,0 +1,44 @@
+import functools
+
+import pytest
+
+from jaxdiff import names, schedules, times
+from jaxdiff.errors import InputError, nearest
+
+
+def test_a_bare_name_is_the_function_and_brackets_call_it():
+    assert names.named(schedules, "cosine", "k") is schedules.cosine
+    made = names.named(schedules, "linear_beta(10, last=0.5)", "k")
+    want = schedules.linear_beta(10, last=0.5)
+    assert float(made(0.7).alpha) == float(want(0.7).alpha) != float(schedules.linear_beta(10)(0.7).alpha)
+
+
+def test_arguments_wait_for_the_rest():
+    make = names.with_arguments(times, "strided(100, spacing='trailing')", "k")
+    assert isinstance(make, functools.partial)
+    assert make(n=2).tolist() == times.strided(100, 2, "trailing").tolist()
+    assert names.with_arguments(times, "uniform", "k")(n=4).tolist() == [1.0, 0.75, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("cosin", "process.schedule='cosin' is unknown; did you mean 'cosine'?; allowed: cosine, edm, linear_beta, straight"),
+        ("linear_beta(steps=", "process.schedule='linear_beta(steps=' is not a name"),
+        ("linear_beta(steps=x)", "is not a name"),
+        ("os.system('true')", "is not a name"),
+        ("linear_beta(stepz=3)", "unexpected keyword argument 'stepz'"),
+        ("linear_beta(steps=0)", "steps >= 1"),
+        ("Callable", "is unknown"),
+    ],
+)
+def test_wrong_names_say_what_is_allowed(text, said):
+    with pytest.raises(InputError) as error:
+        names.named(schedules, text, "process.schedule")
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_nearest_suggests_only_what_is_near_and_not_the_word_itself():
+    assert nearest("cosin", ["cosine", "edm"]) == "; did you mean 'cosine'?"
+    assert nearest("zzz", ["cosine"]) == ""
+    assert nearest("cosine", ["cosine"]) == ""

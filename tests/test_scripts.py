@@ -1,0 +1,115 @@
+"""The scripts as a user runs them, each in a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+
+TINY = [
+    "--config=configs/digits.py",
+    "--config.steps=6",
+    "--config.batch_size=8",
+    "--config.model.channels=8",
+    "--config.model.multipliers=1",
+    "--config.model.attention=0",
+    "--config.training.log_every=2",
+    "--config.training.save_every=3",
+    "--config.sampling.steps=2",
+    "--config.sampling.num=10",
+]
+
+
+def script(*args, **env):
+    return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **env}, timeout=300)
+
+
+def losses(workdir):
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows}
+
+
+@pytest.mark.slow
+def test_train_then_go_on_then_sample(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    first = script("train.py", *TINY, "--config.steps=4", f"--workdir={parts}")
+    assert first.returncode == 0, first.stderr
+    assert "compiling" in first.stdout and "done: step 4" in first.stdout
+    second = script("train.py", *TINY, f"--workdir={parts}")
+    assert second.returncode == 0, second.stderr
+    assert "going on from step 4" in second.stdout
+    third = script("train.py", *TINY, f"--workdir={parts}")
+    assert third.returncode == 0 and "nothing to do" in third.stdout
+    assert script("train.py", *TINY, f"--workdir={whole}").returncode == 0
+    assert losses(parts) == losses(whole) and sorted(losses(whole)) == [2, 4, 6]
+    a, b = (np.asarray(Image.open(d / "samples" / "step_0000006.png")) for d in (whole, parts))
+    assert (a == b).all() and len(np.unique(a)) > 20
+
+    drawn = script("sample.py", f"--workdir={parts}", "--num=3", "--label=7", "--steps=2", f"--out={tmp_path}/x.npz")
+    assert drawn.returncode == 0, drawn.stderr
+    arrays = np.load(tmp_path / "x.npz")
+    assert arrays["images"].shape == (3, 8, 8, 1) and arrays["images"].dtype == np.uint8
+    assert arrays["labels"].tolist() == [7, 7, 7]
+    assert script("sample.py", f"--workdir={parts}", "--num=3", "--solver=heun", "--steps=2").returncode == 0
+    assert Image.open(parts / "samples.png").size == (10 * 33 + 1, 34)
+
+    other = script("train.py", *TINY, "--config.model.channels=16", f"--workdir={parts}")
+    assert other.returncode == 2 and other.stderr.count("\n") == 1
+    assert "holds another experiment: its model.channels is 8, now 16" in other.stderr
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
+    args = [sys.executable, "train.py", *TINY, "--config.steps=100000", f"--workdir={tmp_path}"]
+    with subprocess.Popen(args, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        while not (tmp_path / "metrics.jsonl").exists() or not losses(tmp_path):
+            assert process.poll() is None
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "stopped by SIGTERM at step" in out
+    stopped = int(out.split("at step ")[1].split(",")[0])
+    again = script("train.py", *TINY, f"--config.steps={stopped + 2}", f"--workdir={tmp_path}")
+    assert again.returncode == 0 and f"going on from step {stopped}" in again.stdout
+
+
+@pytest.mark.slow
+def test_eight_devices_train_as_one(tmp_path):
+    one = script("train.py", *TINY, f"--workdir={tmp_path}/1")
+    many = script("train.py", *TINY, f"--workdir={tmp_path}/8", XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    assert one.returncode == 0 and many.returncode == 0, one.stderr + many.stderr
+    assert "8 cpu device(s)" in many.stdout
+    a, b = losses(tmp_path / "1"), losses(tmp_path / "8")
+    assert a.keys() == b.keys()
+    np.testing.assert_allclose([a[k] for k in a], [b[k] for k in a], rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["train.py"], "Give --config=configs/digits.py"),
+        (["train.py", "--config=configs/digit.py"], "did you mean 'configs/digits.py'"),
+        (["train.py", "--config=configs/digits.py", "--config.stpes=3"], "unknown config key config.stpes; did you mean 'steps'"),
+        (["train.py", "--config=configs/digits.py", "--config.steps=many"], "--config.steps=many"),
+        (["train.py", "--config=configs/digits.py", "--config.data.name=digit"], "digit"),
+        (["train.py", "--config=configs/cifar.py", "--config.data_dir=/nowhere"], "/nowhere"),
+        (["train.py", "--config=configs/digits.py", "--config.sampling.steps=1001"], "1 to 1000"),
+        (["sample.py", "--workdir=/nowhere"], "/nowhere is not there"),
+        (["sample.py", "--workdir=/tmp", "--setps=3"], "Did you mean: steps"),
+    ],
+    ids=lambda x: " ".join(x)[:60] if isinstance(x, list) else "",
+)
+def test_wrong_input_is_one_line_on_stderr_and_exit_code_2(args, said, tmp_path):
+    done = script(*args, *([f"--workdir={tmp_path}/w"] if args[0] == "train.py" else []))
+    assert done.returncode == 2
+    assert said in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert not (tmp_path / "w" / "checkpoints").exists()

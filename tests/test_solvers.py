@@ -1,0 +1,293 @@
+"""Solvers: identities with the published algorithms, written out plainly, and measured orders of convergence."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles import flow, gaussian, known, ones, zeros
+
+from jaxdiff import schedules, solvers, targets, times
+from jaxdiff.denoiser import denoiser
+from jaxdiff.level import Level, beta_std, posterior_std
+from jaxdiff.sampling import sample, solve
+
+BETA = np.linspace(1e-4, 0.02, 1000)
+ALPHA_BAR = np.concatenate([[1.0], np.cumprod(1 - BETA)])
+
+
+def step(solver, x, t, s):
+    """One step in float64, and the prediction."""
+    keys = jax.random.split(jax.random.key(0), x.shape[0])
+    state, p = jax.jit(solver.step)(keys, solver.init(jnp.asarray(x)), t, s)
+    return np.asarray(state.x), p
+
+
+def level_rows(rows):
+    """The linear-beta table's rows as float64 levels [N, 1], one a sample."""
+    a = ALPHA_BAR[rows][:, None]
+    return Level(jnp.asarray(np.sqrt(a)), jnp.asarray(np.sqrt(1 - a)))
+
+
+def denoised_gaussian(x, alpha, sigma, mean=0.4, var=0.3):
+    """E[x0 | x] of data N(mean, var), in NumPy."""
+    return mean + alpha * var / (alpha**2 * var + sigma**2) * (x - alpha * mean)
+
+
+# --- DDPM and DDIM ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ddim(eta=1)", "ddpm small", "ddpm large"])
+def test_one_step_is_ddpms_posterior_at_every_row(name, x64):
+    """DDPM eqs. 6 and 7 for all of t = 1000 ... 2 and the last step t = 1, whose posterior is a point."""
+    i = np.arange(1, 1001)
+    rng = np.random.default_rng(0)
+    x, x0 = rng.standard_normal((2, 1000, 3))
+    bar, before, beta = (a[:, None] for a in (ALPHA_BAR[i], ALPHA_BAR[i - 1], BETA))
+    mean = np.sqrt(before) * beta / (1 - bar) * x0 + np.sqrt(1 - beta) * (1 - before) / (1 - bar) * x
+    small = np.sqrt((1 - before) / (1 - bar) * beta)
+    make = {
+        "ddim(eta=1)": lambda noise: solvers.ddim(known(jnp.asarray(x0)), 1.0, noise),
+        "ddpm small": lambda noise: solvers.ddpm(known(jnp.asarray(x0)), noise=noise),
+        "ddpm large": lambda noise: solvers.ddpm_large(known(jnp.asarray(x0)), noise=noise),
+    }[name]
+    t, s = level_rows(i), level_rows(i - 1)
+    still, _ = step(make(zeros), x, t, s)
+    moved, _ = step(make(ones), x, t, s)
+    np.testing.assert_allclose(still, mean, rtol=1e-9, atol=1e-9)
+    std = np.sqrt(beta) if name == "ddpm large" else small
+    np.testing.assert_allclose(moved - still, np.broadcast_to(std, x.shape), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_a_strided_step_is_ddims_equation(eta, x64):
+    """DDIM eqs. 12 and 16, on jumps of many rows."""
+    i, j = np.asarray([1000, 800, 500, 21]), np.asarray([800, 500, 21, 1])
+    rng = np.random.default_rng(1)
+    x, x0 = rng.standard_normal((2, 4, 3))
+    bar, before = ALPHA_BAR[i][:, None], ALPHA_BAR[j][:, None]
+    eps = (x - np.sqrt(bar) * x0) / np.sqrt(1 - bar)
+    std = eta * np.sqrt((1 - before) / (1 - bar)) * np.sqrt(1 - bar / before)
+    mean = np.sqrt(before) * x0 + np.sqrt(1 - before - std**2) * eps
+    t, s = level_rows(i), level_rows(j)
+    still, p = step(solvers.ddim(known(jnp.asarray(x0)), eta, zeros), x, t, s)
+    moved, _ = step(solvers.ddim(known(jnp.asarray(x0)), eta, ones), x, t, s)
+    np.testing.assert_allclose(still, mean, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(moved - still, np.broadcast_to(std, x.shape), rtol=1e-9, atol=1e-15)
+    np.testing.assert_allclose(p.eps, eps, rtol=1e-10, atol=1e-10)
+
+
+def test_noise_is_standard_normal_and_each_samples_own():
+    """What a step adds is its key's own normal draw times the deviation."""
+    t, s = (schedules.cosine(jnp.float32(a)) for a in (0.6, 0.5))
+    keys = jax.random.split(jax.random.key(3), 4)
+    solver = solvers.ddpm(known(jnp.zeros(())), beta_std)
+    state, _ = solver.step(keys, solver.init(jnp.zeros((4, 2, 3))), t, s)
+    want = np.stack([jax.random.normal(key, (2, 3)) for key in keys]) * np.asarray(beta_std(t, s))
+    np.testing.assert_allclose(state.x, want, rtol=1e-5, atol=1e-6)
+
+
+def test_line_separates_the_mean_from_the_noise(x64):
+    """`std` shapes the mean and `add` the noise; `add` is `std` unless given, and may read the prediction."""
+    t, s = (schedules.straight(jnp.asarray(a)) for a in (0.8, 0.5))
+    d = known(jnp.full((1, 2), 0.3))
+    x = np.asarray([[1.0, -2.0]])
+    mean, _ = step(solvers.line(d, 1, posterior_std, noise=zeros), x, t, s)
+    same, _ = step(solvers.line(d, 1, posterior_std, noise=ones), x, t, s)
+    np.testing.assert_allclose(same - mean, posterior_std(t, s), rtol=1e-9)
+    learned, _ = step(solvers.line(d, 1, posterior_std, lambda t, s, p: p.x0**2, ones), x, t, s)
+    np.testing.assert_allclose(learned - mean, 0.09, rtol=1e-9)
+    all_noise, _ = step(solvers.line(d, 1, lambda t, s, p: s.sigma * (1 + 1e-12), noise=zeros), x, t, s)
+    np.testing.assert_allclose(all_noise, s.alpha * 0.3)  # a hair more than all of eps is all of it, not NaN
+    with pytest.raises(ValueError, match="order 1 or 2"):
+        solvers.line(d, 3)
+
+
+def test_ddim_without_eta_ignores_its_key():
+    levels = times.grid(schedules.cosine, times.uniform(5))
+    x = jax.random.normal(jax.random.key(0), (3, 4))
+    d = gaussian(0.4, 0.3)
+    a, b = (sample(jax.random.key(k), solvers.ddim(d), x, levels) for k in (1, 2))
+    np.testing.assert_array_equal(a, b)
+    a, b = (sample(jax.random.key(k), solvers.ddim(d, 1.0), x, levels) for k in (1, 2))
+    assert (jnp.abs(a - b) > 1e-4).all()
+
+
+# --- flow matching, EDM, DPM-Solver++ -------------------------------------------------------------------------------------
+
+
+def test_euler_on_the_straight_path_is_flow_matchings(x64):
+    """x + (s - t) u with the marginal velocity u = E[eps - x0 | x], started at alpha = 0 exactly and ended at s = 0.1."""
+    mean, var = 0.4, 0.3
+    x = np.random.default_rng(2).standard_normal((5, 3))
+    grid = times.uniform(10)
+
+    def net(u, snr):
+        sigma = 1 / (1 + jnp.exp(snr / 2))
+        z = u * jnp.hypot(1 - sigma, sigma)
+        x0 = mean + (1 - sigma) * var / ((1 - sigma) ** 2 * var + sigma**2) * (z - (1 - sigma) * mean)
+        eps = sigma / ((1 - sigma) ** 2 * var + sigma**2) * (z - (1 - sigma) * mean)
+        return eps - x0, None
+
+    d = denoiser(net, targets.flow)
+    state, _ = solve(jax.random.key(0), solvers.ddim(d), jnp.asarray(x), schedules.straight(jnp.asarray(grid)))
+    for t, s in itertools.pairwise(grid):
+        x0 = denoised_gaussian(x, 1 - t, t, mean, var)
+        velocity = (x - x0) / t if t < 1 else x - x0  # (x - x0) / t = eps - x0
+        x = x + (s - t) * velocity
+    np.testing.assert_allclose(state.x, x, rtol=1e-6, atol=1e-6)  # the network's logsnr stops at 30
+    final = sample(jax.random.key(0), solvers.ddim(d), state.x, schedules.straight(jnp.asarray([0.1])))
+    np.testing.assert_allclose(final, x - 0.1 * (x - denoised_gaussian(x, 0.9, 0.1, mean, var)) / 0.1, rtol=1e-6, atol=1e-6)
+
+
+def counted(denoise):
+    """The denoiser, and a list that grows by one at each of its evaluations at run time."""
+    calls = []
+
+    def counting(x, level):
+        jax.debug.callback(lambda: calls.append(1))
+        return denoise(x, level)
+
+    return counting, calls
+
+
+@pytest.mark.parametrize("pad", [0, 7])
+def test_heun_is_edms_algorithm(pad, x64):
+    """EDM algorithm 1 on its own schedule (algorithm 2 without churn): 18 levels and sigma = 0, 35 evaluations, padded or not."""
+    x = np.random.default_rng(3).standard_normal((4, 3)) * 80
+    sigma = times.karras(18)
+    counting, calls = counted(gaussian(0.4, 0.3))
+    levels = schedules.edm(jnp.asarray(np.pad(sigma, (0, pad), mode="edge")))
+    got = sample(jax.random.key(0), solvers.heun(counting), jnp.asarray(x), levels)
+    jax.effects_barrier()
+    assert len(calls) == 35
+
+    t = np.append(sigma, 0.0)
+    for i in range(18):
+        d = (x - denoised_gaussian(x, 1, t[i])) / t[i]
+        ahead = x + (t[i + 1] - t[i]) * d
+        if t[i + 1] != 0:
+            d_ahead = (ahead - denoised_gaussian(ahead, 1, t[i + 1])) / t[i + 1]
+            ahead = x + (t[i + 1] - t[i]) * (d + d_ahead) / 2
+        x = ahead
+    np.testing.assert_allclose(got, x, rtol=1e-10, atol=1e-10)
+
+
+def test_one_step_solvers_evaluate_once_a_level():
+    for make in (solvers.ddim, solvers.ddpm, solvers.dpmpp_2m):
+        counting, calls = counted(gaussian(0.4, 0.3))
+        sample(jax.random.key(0), make(counting), jnp.ones((2, 3)), times.grid(schedules.cosine, times.uniform(6), 9))
+        jax.effects_barrier()
+        assert len(calls) == 6
+
+
+def dpmpp_2m_plain(x, alpha, sigma, eta=0.0):
+    """DPM-Solver++(2M), algorithm 2 of Lu et al. 2022, from (alpha[0], sigma[0]); then one first-order step to sigma = 0.
+
+    With eta = 1 and unit noise, its SDE form: the same D, with exp(-2h) in place of exp(-h).
+    """
+    lam = np.log(alpha) - np.log(sigma)
+    before = np.zeros_like(x)
+    for i in range(1, len(lam)):
+        denoised = denoised_gaussian(x, alpha[i - 1], sigma[i - 1])
+        h = lam[i] - lam[i - 1]
+        if i == 1:
+            d = denoised
+        else:
+            r = (lam[i - 1] - lam[i - 2]) / h
+            d = (1 + 1 / (2 * r)) * denoised - 1 / (2 * r) * before
+        if eta == 0:
+            x = sigma[i] / sigma[i - 1] * x - alpha[i] * (np.exp(-h) - 1) * d
+        else:
+            noise = sigma[i] * np.sqrt(1 - np.exp(-2 * h)) * 1.0
+            x = sigma[i] / sigma[i - 1] * np.exp(-h) * x + alpha[i] * (1 - np.exp(-2 * h)) * d + noise
+        before = denoised
+    return denoised_gaussian(x, alpha[-1], sigma[-1])
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0], ids=["ODE", "SDE"])
+@pytest.mark.parametrize("curve", ["vp", "edm", "straight"])
+def test_dpmpp_2m_is_the_published_recursion(curve, eta, x64):
+    """On grids with unequal steps, so that r is not 1."""
+    schedule, t = {
+        "vp": (schedules.linear_beta(), times.strided(1000, 12, "trailing")),
+        "edm": (schedules.edm, times.karras(12)),
+        "straight": (schedules.straight, np.linspace(0.99, 0.01, 12)),
+    }[curve]
+    levels = schedule(jnp.asarray(t))
+    alpha, sigma = (np.asarray(a) for a in levels)
+    x = np.random.default_rng(4).standard_normal((4, 3)) * np.hypot(alpha[0], sigma[0])
+    d = gaussian(0.4, 0.3)
+    want = dpmpp_2m_plain(x, alpha, sigma, eta)
+    std = posterior_std if eta else solvers.deterministic
+    for solver in (solvers.dpmpp_2m(d, eta, ones), solvers.line(d, 2, std, noise=ones)):
+        got = sample(jax.random.key(0), solver, jnp.asarray(x), levels)
+        np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-10)
+
+
+def test_dpmpp_2m_from_pure_noise_takes_first_order_steps_until_it_has_history(x64):
+    """At alpha = 0 half-logsnr is -inf: the first two intervals are DDIM's, the third is second order, all finite."""
+    t, run = np.asarray([1.0, 0.8, 0.6, 0.4]), jax.jit(solve)
+    x = jnp.asarray(np.random.default_rng(5).standard_normal((4, 3)))
+    d = gaussian(0.4, 0.3)
+
+    def ends(make, n):
+        return run(jax.random.key(0), make(d), x, schedules.cosine(jnp.asarray(np.pad(t[:n], (0, 4 - n), mode="edge"))))[0].x
+
+    for n in (2, 3):
+        np.testing.assert_allclose(ends(solvers.dpmpp_2m, n), ends(solvers.ddim, n), rtol=1e-12)
+    assert (jnp.abs(ends(solvers.dpmpp_2m, 4) - ends(solvers.ddim, 4)) > 1e-4).all()
+    assert jnp.isfinite(ends(solvers.dpmpp_2m, 4)).all()
+
+
+def test_order_one_line_is_ddim_and_ddpm_is_its_name(x64):
+    levels = schedules.cosine(jnp.asarray(times.uniform(7)))
+    x = jnp.asarray(np.random.default_rng(6).standard_normal((4, 3)))
+    d = gaussian(0.4, 0.3)
+
+    def run(solver):
+        return np.asarray(sample(jax.random.key(1), solver, x, levels))
+
+    np.testing.assert_array_equal(run(solvers.line(d)), run(solvers.ddim(d)))
+    np.testing.assert_allclose(run(solvers.ddim(d, 1.0)), run(solvers.ddpm(d)), rtol=1e-12)
+    np.testing.assert_array_equal(run(solvers.ddpm(d, beta_std)), run(solvers.ddpm_large(d)))
+    assert (np.abs(run(solvers.ddpm_large(d)) - run(solvers.ddpm(d))) > 1e-6).all()
+
+
+# --- orders of convergence ------------------------------------------------------------------------------------------------
+
+
+def user_defined(t):
+    """A curve of nobody's: sub-VP, sigma = 1 - alpha^2, with alpha = exp(-3 t^2)."""
+    return Level(jnp.exp(-3 * t**2), -jnp.expm1(-6 * t**2))
+
+
+CURVES = {  # schedule, and n -> a grid of n smooth steps
+    "linear_beta": (schedules.linear_beta(), lambda n: np.linspace(1.0, 0.04, n + 1)),
+    "cosine": (schedules.cosine, lambda n: np.linspace(0.97, 0.03, n + 1)),
+    "straight": (schedules.straight, lambda n: 1 / (1 + np.exp(np.linspace(-4, 4, n + 1)))),
+    "edm": (schedules.edm, lambda n: times.karras(n + 1, 0.02, 20.0)),
+    "user": (user_defined, lambda n: np.linspace(1.0, 0.15, n + 1)),
+}
+
+
+def measured_order(make, curve, steps):
+    """log2 of how much the error at the last level falls from `steps` to 2 `steps`, on anisotropic Gaussian data."""
+    schedule, grid = CURVES[curve]
+    mean, var = np.asarray([[0.5, -0.2, 0.0]]), np.asarray([[0.2, 1.5, 4.0]])
+    start = schedule(jnp.asarray(grid(1)[0]))
+    x = np.random.default_rng(7).standard_normal((4, 3)) * np.asarray(jnp.hypot(start.alpha, start.sigma))
+    errors = []
+    for n in (steps, 2 * steps):
+        levels = schedule(jnp.asarray(grid(n)))
+        state, _ = jax.jit(solve)(jax.random.key(0), make(gaussian(mean, var)), jnp.asarray(x), levels)
+        exact = flow(mean, var, x, *(jax.tree.map(lambda a, i=i: np.asarray(a)[i], levels) for i in (0, -1)))
+        errors.append(np.sqrt(np.mean((np.asarray(state.x) - exact) ** 2)))
+    return np.log2(errors[0] / errors[1])
+
+
+@pytest.mark.parametrize("curve", CURVES)
+@pytest.mark.parametrize(("make", "order"), [(solvers.ddim, 1), (solvers.dpmpp_2m, 2), (solvers.heun, 2)])
+def test_measured_order_of_convergence(make, order, curve, x64):
+    assert abs(measured_order(make, curve, 96 if curve == "linear_beta" else 128) - order) < 0.15
