@@ -34,7 +34,8 @@ def test_flax_stays_inside_models():
 
 
 def test_importing_jaxdiff_brings_none_of_the_heavy_packages():
-    code = "import sys, jaxdiff; print([m for m in ('tensorflow', 'tensorflow_datasets', 'grain', 'orbax', 'torch') if m in sys.modules])"
+    heavy = ("tensorflow", "tensorflow_datasets", "grain", "orbax", "torch")
+    code = f"import sys, jaxdiff; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
     assert done.stdout.strip() == "[]", done.stderr
 
