@@ -85,11 +85,19 @@ def grid(schedule: Schedule, times: np.ndarray, length: int | None = None) -> Le
     if len(times) > length:
         raise ValueError(f"{len(times)} sampling steps are more than the maximum {length}")
     # TPUs have no float64, and a jitted float32 schedule would blur neighbouring levels.
-    with _enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
+    with _enable_x64(True), jax.default_device(_host()):
         alpha, sigma = (np.asarray(a, np.float32) for a in schedule(jnp.asarray(times, jnp.float64)))
     if not (np.isfinite(alpha).all() and np.isfinite(sigma).all()):
         raise ValueError(f"the schedule is not finite on times {times[0]:g} to {times[-1]:g}")
     return jax.tree.map(lambda a: np.pad(a, (0, length - len(times)), mode="edge"), Level(alpha, sigma))  # type: ignore[arg-type]
+
+
+def _host() -> jax.Device | None:
+    # JAX_PLATFORMS=cuda leaves no CPU device; the default device then has to do.
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
 
 
 def draw_table(steps: int = 1000) -> Draw:

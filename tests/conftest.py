@@ -28,4 +28,4 @@ def pytest_collection_modifyitems(config, items):
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu and jax.default_backend() != "gpu":
         for item in gpu:
-            item.add_marker(pytest.mark.skip(reason="needs a GPU (set JAXDIFF_TEST_PLATFORMS=cuda)"))
+            item.add_marker(pytest.mark.skip(reason="needs a GPU (set JAXDIFF_TEST_PLATFORMS=cuda,cpu)"))
