@@ -41,7 +41,7 @@ def main() -> None:
     if out.suffix == ".png":
         jd.pictures.save(out, jd.pictures.tile(images, columns))
     else:
-        np.savez(out, images=images, **({} if labels is None else {"labels": labels}))
+        np.savez(out, images=images, **({} if labels is None else {"labels": labels}))  # type: ignore[arg-type]
     print(f"wrote {out}")
 
 

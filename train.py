@@ -28,6 +28,8 @@ flags.DEFINE_string("workdir", None, "Where everything is written; runs/NAME of 
 
 # A first grid this many seconds after the start, so that a mistake shows at once and not after sample_every steps.
 FIRST_GRID = 30.0
+# Where a grid as the config has it would take longer than this (a large network on a CPU), a smaller one is drawn.
+GRID_SECONDS = 60.0
 
 
 def train(config: ConfigDict, workdir: Path) -> None:
@@ -48,7 +50,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         config.data.codec = f"standardised({mean.tolist()}, {std.tolist()})"
     experiment = experiments.build(config)
     _fits(config, dataset)
-    runs.grid(config, experiment, None, config.sampling.steps)
+    runs.check(config, experiment)
     print(f"{config.data.name}: {len(dataset.images)} images {dataset.images.shape[1:]}, {jax.device_count()} "
           f"{jax.devices()[0].device_kind} device(s), writing to {workdir}")  # fmt: skip
 
@@ -81,7 +83,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         stack.callback(writer.close)
         stop = _on_signal(stack)
         bar = stack.enter_context(tqdm(initial=first, total=config.steps, unit="step", dynamic_ncols=True, smoothing=0.05))
-        shown, since, since_step, grids = [], time.time(), first, 0
+        shown, since, since_step, grids, pace = [], time.time(), first, 0, 0.0
 
         for i in range(first, config.steps):
             batch = data.batch_at(dataset, config.seed, i, config.batch_size)
@@ -95,22 +97,26 @@ def train(config: ConfigDict, workdir: Path) -> None:
                 jax.block_until_ready(state)
                 bar.write(f"first step done, {time.time() - start:.0f} s after the start")
                 since, since_step = time.time(), done
+            elif done > since_step:
+                pace = (time.time() - since) / (done - since_step)
             bar.update()
             last = done == config.steps or bool(stop)
             if done % config.training.log_every == 0 or last:
                 values = {name: float(np.mean([float(s[name]) for s in shown])) for name in scalars}
                 shown = []
-                if done > since_step:
-                    values["steps_per_s"] = (done - since_step) / (time.time() - since)
+                if pace:
+                    values["steps_per_s"] = 1 / pace
                 writer.scalars(done, values)
                 bar.set_postfix(loss=f"{values['loss']:.4f}")
                 since, since_step = time.time(), done
-            early = not grids and time.time() - start > FIRST_GRID
+            early = not grids and pace > 0 and time.time() - start > FIRST_GRID
             if done % config.training.sample_every == 0 or last or early:
                 paused = time.time()
-                path = _sample(config, experiment, state, workdir, writer)
+                forward = pace / config.batch_size / 3  # a training step costs about three forward passes
+                num, steps = _affordable(config, forward, FIRST_GRID if early else GRID_SECONDS)
+                path = _sample(config, experiment, state, workdir, writer, num, steps)
                 grids += 1
-                bar.write(f"step {done}: samples in {path}, {time.time() - start:.0f} s after the start")
+                bar.write(f"step {done}: {num} samples of {steps} steps in {path}, {time.time() - start:.0f} s after the start")
                 since += time.time() - paused
             if done % config.training.save_every == 0 or last:
                 checkpoint.save(checkpoints, state, config)
@@ -123,10 +129,19 @@ def train(config: ConfigDict, workdir: Path) -> None:
         print(f"done: step {done}, {time.time() - start:.0f} s; draw more with: python sample.py --workdir={workdir}")
 
 
-def _sample(config, experiment, state, workdir: Path, writer) -> Path:
+def _affordable(config, forward: float, budget: float) -> tuple[int, int]:
+    """How many images and steps a grid may have in `budget` seconds, one image through the network taking `forward` seconds."""
+    num, steps = config.sampling.num, config.sampling.steps
+    if num * steps * forward <= budget:
+        return num, steps
+    num = min(num, 16)
+    return num, int(np.clip(budget / (num * forward), min(10, steps), steps))
+
+
+def _sample(config, experiment, state, workdir: Path, writer, num: int, steps: int) -> Path:
     """Draws the grid of config.sampling with the averaged parameters and writes it; the same noise every time."""
     run = runs.of(config, experiment, state.ema[runs.average(config)], int(state.step))
-    images, columns, _ = runs.showcase(run, jax.random.key(config.seed), config.sampling.num)
+    images, columns, _ = runs.showcase(run, jax.random.key(config.seed), num, steps=steps)
     picture = pictures.tile(images, columns)
     path = workdir / "samples" / f"step_{int(state.step):07d}.png"
     pictures.save(path, picture)
@@ -145,7 +160,6 @@ def _check(config: ConfigDict, mesh) -> None:
         raise InputError(f"config.batch_size={config.batch_size} does not divide over the {mesh.size} devices")
     if not config.training.ema or not all(0 <= decay < 1 for decay in config.training.ema):
         raise InputError(f"config.training.ema={config.training.ema} needs one decay or more, each at least 0 and below 1")
-    runs.average(config)
 
 
 def _writable(workdir: Path) -> None:

@@ -91,7 +91,6 @@ def of(config, experiment: Experiment, params: Any, step: int = 0) -> Run:
     def generate(key: Array, n: int, steps: int = 50, solver: str = "ddim", label: Any = None, guidance: float = 1.0) -> np.ndarray:
         if n < 1:
             raise InputError(f"{n} images cannot be drawn; ask for at least 1")
-        make = with_arguments(solvers, solver, "solver")
         levels = grid(config, experiment, params, steps)
         labels = _labels(config, experiment, label)
         if labels is not None:
@@ -104,9 +103,7 @@ def of(config, experiment: Experiment, params: Any, step: int = 0) -> Run:
         for start in tqdm(range(0, n, size), desc="sampling", unit="batch", disable=n <= size):
             # The last batch is filled up, so that every batch has one shape and one compiled program.
             rows = np.minimum(np.arange(start, start + size), n - 1)
-            made = make(denoise(None if labels is None else labels[rows], guidance))
-            if not isinstance(made, Solver):
-                raise InputError(f"solver={solver!r} is not a solver")
+            made = _solver(solver, "solver", denoise(None if labels is None else labels[rows], guidance))
             z = _draw(keys[rows], made, levels, experiment.data_std, shape=latent_shape(experiment, size))
             images.append(np.asarray(experiment.codec.decode(z))[: n - start])
         return np.concatenate(images)
@@ -146,6 +143,22 @@ def grid(config, experiment: Experiment, params: Any, steps: int) -> Level:
             f"{config.sampling.times!r} (alpha {first.alpha:g}, sigma {first.sigma:g}); start the grid lower"
         )
     return levels
+
+
+def check(config, experiment: Experiment) -> None:
+    """Raises InputError where config.sampling asks for what the model cannot do; needs no parameters and computes nothing."""
+    average(config)
+    grid(config, experiment, None, config.sampling.steps)
+    label, guidance = (0, config.sampling.guidance) if experiment.classes else (None, 1.0)
+    denoise = of(config, experiment, None).denoiser(label, guidance)
+    _solver(config.sampling.solver, "sampling.solver", denoise)
+
+
+def _solver(text: str, key: str, denoise: Denoiser) -> Solver:
+    made = with_arguments(solvers, text, key)(denoise)
+    if not isinstance(made, Solver):
+        raise InputError(f"{key}={text!r} is not a solver")
+    return made
 
 
 def latent_shape(experiment: Experiment, n: int) -> tuple[int, ...]:

@@ -103,6 +103,8 @@ def test_eight_devices_train_as_one(tmp_path):
         (["train.py", "--config=configs/digits.py", "--config.data.name=digit"], "digit"),
         (["train.py", "--config=configs/cifar.py", "--config.data_dir=/nowhere"], "/nowhere"),
         (["train.py", "--config=configs/digits.py", "--config.sampling.steps=1001"], "1 to 1000"),
+        (["train.py", "--config=configs/digits.py", "--config.sampling.solver=dimm"], "did you mean 'ddim'"),
+        (["train.py", "--config=configs/digits.py", "--config.process.drop_label=0.0"], "drop_label above 0"),
         (["sample.py", "--workdir=/nowhere"], "/nowhere is not there"),
         (["sample.py", "--workdir=/tmp", "--setps=3"], "Did you mean: steps"),
     ],

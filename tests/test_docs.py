@@ -1,0 +1,26 @@
+import re
+from pathlib import Path
+
+from jaxdiff import solvers
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_readme_names_every_solver_and_every_config():
+    assert set(re.findall(r"^\| `(\w+)` \| .*\| [12] \|", README, re.M)) == set(solvers.__all__) - {"line"}
+    configs = {p.stem for p in (ROOT / "configs").glob("*.py")}
+    assert configs == set(re.findall(r"^\| `(\w+)` \| .*", README, re.M)) - set(solvers.__all__)
+
+
+def test_links_and_pictures_in_the_documents_exist():
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_readmes_library_example_runs():
+    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "jd.schedules.edm" in block)
+    names: dict = {}
+    exec(code, names)
+    assert names["x0"].shape == (4, 32, 32, 3) and bool(abs(names["x0"]).max() < 10)
