@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--solver", default="ddim")
-    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 1.25, 1.5, 2.0])
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.05, 1.1, 1.25])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     cli.enable_compile_cache()
