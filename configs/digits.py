@@ -1,4 +1,4 @@
-"""Handwritten digits, 8x8, class-conditional: a U-Net of 400,000 parameters, cosine schedule, v target, classifier-free guidance.
+"""Handwritten digits, 8x8, class-conditional: a U-Net of 368,185 parameters, cosine schedule, v target, classifier-free guidance.
 
     python train.py --config=configs/digits.py
     python benchmarks/digits_quality.py --workdir=runs/digits
