@@ -97,11 +97,14 @@ def train(config: ConfigDict, workdir: Path) -> None:
                 jax.block_until_ready(state)
                 bar.write(f"first step done, {time.time() - start:.0f} s after the start")
                 since, since_step = time.time(), done
-            elif done > since_step:
-                pace = (time.time() - since) / (done - since_step)
             bar.update()
             last = done == config.steps or bool(stop)
-            if done % config.training.log_every == 0 or last:
+            early = not grids and i > first and time.time() - start > FIRST_GRID
+            logs = done % config.training.log_every == 0 or last
+            if (logs or early) and done > since_step:
+                jax.block_until_ready(state)  # steps are dispatched ahead of the device; only finished ones tell its pace
+                pace = (time.time() - since) / (done - since_step)
+            if logs:
                 values = {name: float(np.mean([float(s[name]) for s in shown])) for name in scalars}
                 shown = []
                 if pace:
@@ -109,7 +112,6 @@ def train(config: ConfigDict, workdir: Path) -> None:
                 writer.scalars(done, values)
                 bar.set_postfix(loss=f"{values['loss']:.4f}")
                 since, since_step = time.time(), done
-            early = not grids and pace > 0 and time.time() - start > FIRST_GRID
             if done % config.training.sample_every == 0 or last or early:
                 paused = time.time()
                 forward = pace / config.batch_size / 3  # a training step costs about three forward passes
