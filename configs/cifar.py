@@ -5,8 +5,8 @@
 
 Time: 800,000 steps of 128 images; for one accelerator that is days (DDPM appendix B: 10.6 hours on a TPU v3-8). On a CPU it only
 serves to try the path: add --config.steps=20 --config.batch_size=8.
-Expected: FID 3.17 on 50,000 samples of the 1000-step `ddpm_large` sampler (DDPM table 1; the small variance does as well there,
-section 4.2). Measured here: not yet.
+Expected: FID 3.17 on 50,000 samples of the 1000-step `ddpm_large` sampler (DDPM table 1; the small variance gives similar results,
+section 3.2). Measured here: not yet.
 """
 
 from ml_collections import ConfigDict
