@@ -26,8 +26,10 @@ FLAGS = flags.FLAGS
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, such as configs/digits.py.", lock_config=True)
 flags.DEFINE_string("workdir", None, "Where everything is written; runs/NAME of the config unless given.")
 
-# A first grid this many seconds after the start, so that a mistake shows at once and not after sample_every steps.
+# A first grid is begun this many seconds after the start, so that a mistake shows at once and not after sample_every steps, ...
 FIRST_GRID = 30.0
+# ... and takes what is left to this, compiling the sampler (about 5 s) included.
+FIRST_GRID_DONE = 50.0
 # Where a grid as the config has it would take longer than this (a large network on a CPU), a smaller one is drawn.
 GRID_SECONDS = 60.0
 
@@ -115,7 +117,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             if done % config.training.sample_every == 0 or last or early:
                 paused = time.time()
                 forward = pace / config.batch_size / 3  # a training step costs about three forward passes
-                num, steps = _affordable(config, forward, FIRST_GRID if early else GRID_SECONDS)
+                num, steps = _affordable(config, forward, FIRST_GRID_DONE - (paused - start) if early else GRID_SECONDS)
                 path = _sample(config, experiment, state, workdir, writer, num, steps)
                 grids += 1
                 bar.write(f"step {done}: {num} samples of {steps} steps in {path}, {time.time() - start:.0f} s after the start")
@@ -136,8 +138,8 @@ def _affordable(config, forward: float, budget: float) -> tuple[int, int]:
     num, steps = config.sampling.num, config.sampling.steps
     if num * steps * forward <= budget:
         return num, steps
-    num = min(num, 16)
-    return num, int(np.clip(budget / (num * forward), min(10, steps), steps))
+    num = min(num, int(np.clip(budget / (10 * forward), 4, 16)))
+    return num, int(np.clip(budget / (num * forward), min(5, steps), steps))
 
 
 def _sample(config, experiment, state, workdir: Path, writer, num: int, steps: int) -> Path:
