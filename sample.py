@@ -22,6 +22,7 @@ flags.DEFINE_string("solver", None, "Such as ddim, ddpm, dpmpp_2m, heun or 'ddim
 flags.DEFINE_float("guidance", None, "Classifier-free guidance; 1 is none (default: the config's).")
 flags.DEFINE_integer("label", None, "The class, -1 for none (default: each class in turn).")
 flags.DEFINE_integer("seed", 0, "Of the random numbers.")
+flags.DEFINE_string("ema", None, "One of config.training.ema, or 'power(0.07)', say, from snapshots (default: the config's).")
 flags.DEFINE_string("out", None, "A .png or .npz file (default: samples.png in the workdir).")
 
 
@@ -31,7 +32,7 @@ def main() -> None:
     out = Path(FLAGS.out or Path(FLAGS.workdir) / "samples.png")
     if out.suffix not in (".png", ".npz"):
         raise jd.InputError(f"out={out} is neither a .png nor an .npz file")
-    run = jd.load(FLAGS.workdir)
+    run = jd.load(FLAGS.workdir, FLAGS.ema)
     if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
         raise jd.InputError(f"out={out}: the folder {out.parent} is not there or cannot be written")
     settings = {name: FLAGS[name].value for name in ("steps", "solver", "guidance", "label") if FLAGS[name].value is not None}

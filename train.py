@@ -1,10 +1,14 @@
 """Trains a diffusion model:  python train.py --config=configs/digits.py [--config.key=value ...] [--workdir=DIR]
 
 Writes to the workdir: samples/*.png and metrics.jsonl while it runs, TensorBoard events, checkpoints. Run again with the same
-workdir, it goes on from the newest checkpoint. With Ctrl-C or SIGTERM it saves first.
+workdir, it goes on from the newest good checkpoint. With Ctrl-C or SIGTERM it saves first; a second Ctrl-C leaves at once.
+--dry_run says what the run needs and takes, and trains nothing; --profile records a few steps for Perfetto. Several processes: the
+same command on each host of a TPU pod, Slurm job or GKE job; elsewhere with --coordinator=HOST:PORT --processes=N --process=I.
 """
 
+import collections
 import contextlib
+import os
 import signal
 import time
 from pathlib import Path
@@ -12,19 +16,24 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import flags
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from jaxdiff import cli, data, pictures
 from jaxdiff import experiment as experiments
 from jaxdiff import run as runs
-from jaxdiff.errors import InputError
-from jaxdiff.training import checkpoint, init_state, make_optimizer, make_step, metrics
+from jaxdiff.errors import InputError, RunError
+from jaxdiff.training import averages, checkpoint, dryrun, ema_distance, hardware, init_state, make_optimizer, make_step, metrics
+from jaxdiff.training import mesh as meshes
 
 FLAGS = flags.FLAGS
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, such as configs/digits.py.", lock_config=True)
-flags.DEFINE_string("workdir", None, "Where everything is written; runs/NAME of the config unless given.")
+flags.DEFINE_string("workdir", None, "Where everything is written, gs:// too; runs/NAME of the config unless given.")
+flags.DEFINE_boolean("dry_run", False, "Print parameters, memory and time of this run, and train nothing.")
+flags.DEFINE_boolean("profile", False, "Record a few steps in WORKDIR/profile, a trace that Perfetto opens.")
+flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several processes are not found automatically.")
+flags.DEFINE_integer("processes", None, "How many processes there are.")
+flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
 
 # A first grid is begun this many seconds after the start, so that a mistake shows at once and not after sample_every steps, ...
 FIRST_GRID = 30.0
@@ -32,123 +41,254 @@ FIRST_GRID = 30.0
 FIRST_GRID_DONE = 50.0
 # Where a grid as the config has it would take longer than this (a large network on a CPU), a smaller one is drawn.
 GRID_SECONDS = 60.0
+# What a step says is fetched this many steps later: the device never waits for the host, and the bar tells the truth.
+BEHIND = 2
+# Which steps of a process --profile records.
+PROFILED = range(5, 10)
 
 
-def train(config: ConfigDict, workdir: Path) -> None:
-    """Trains `config` in `workdir` to config.steps, from the newest checkpoint there. Raises InputError for wrong input."""
+def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profile: bool = False) -> None:
+    """Trains `config` in `workdir` to config.steps, from the newest good checkpoint there.
+
+    Raises InputError for wrong input, RunError where the run cannot go on.
+    """
     start = time.time()
+    first_process = meshes.first_process()
+
+    def say(line: str) -> None:
+        if first_process:
+            print(line, flush=True)
 
     # What can be wrong is found out before anything is decoded or compiled.
-    mesh = jax.make_mesh((jax.device_count(), 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    mesh = meshes.make_mesh(config.training.mesh)
     _check(config, mesh)
     optimizer = make_optimizer(config.optimizer)
-    _writable(workdir)
-    went_on = checkpoint.newest(workdir) is not None
-    if went_on:
-        _same_experiment(workdir, config)
+    went_on = None
+    if not dry_run:
+        _writable(workdir)
+        went_on = meshes.agree(np.int32(-1 if (s := checkpoint.recover(workdir, say) if first_process else None) is None else s))
+        went_on = None if went_on < 0 else int(went_on)
+    if went_on is not None:
+        _same_experiment(workdir, went_on, config)
+    measured = config.data.codec == "standardised"
+    if measured:
+        config.data.codec = "standardised((0.0,), (1.0,))"
+    experiment = experiments.build(config)
+    runs.check(config, experiment)
     dataset = data.load(config.data.name, config.data.split, config.data_dir or None, size=config.data.size or None)
-    if config.data.codec == "standardised":
+    _fits(config, dataset)
+    if measured:
         mean, std = data.statistics(dataset)
         config.data.codec = f"standardised({mean.tolist()}, {std.tolist()})"
-    experiment = experiments.build(config)
-    _fits(config, dataset)
-    runs.check(config, experiment)
-    print(f"{config.data.name}: {len(dataset.images)} images {dataset.images.shape[1:]}, {jax.device_count()} "
-          f"{jax.devices()[0].device_kind} device(s), writing to {workdir}")  # fmt: skip
+        experiment = experiments.build(config)
 
-    replicated = NamedSharding(mesh, PartitionSpec())
-    split = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     key = jax.random.key(config.seed)
 
     def init(key):
         return init_state(experiment, optimizer, config.training.ema, key)
 
-    shardings = jax.tree.map(lambda _: replicated, jax.eval_shape(init, key))
+    def batch_of(i: int) -> dict[str, jax.Array]:
+        return meshes.put(
+            mesh, config.batch_size, lambda part, n: data.batch_at(dataset, config.seed, i, config.batch_size, part, n)
+        )
+
+    shapes = jax.eval_shape(init, key)
+    shardings = meshes.state_shardings(mesh, shapes)
+    step = jax.jit(
+        make_step(experiment, optimizer, config.training.accumulate),
+        donate_argnums=1,
+        out_shardings=(shardings, meshes.replicated(mesh)),
+    )
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        checkpoints = stack.enter_context(checkpoint.manager(workdir, config.training.keep))
-        if went_on:
-            state = checkpoint.restore(checkpoints, jax.eval_shape(init, key), shardings)
-            print(f"going on from step {int(state.step)}, the newest checkpoint in {workdir}")
-        else:
-            print("compiling the start ...", flush=True)
+        if dry_run:
+            dryrun.report(config, mesh, step, key, shapes, shardings, batch_of(0), say)
+            return
+        say(f"{config.data.name}: {len(dataset.images)} images {dataset.images.shape[1:]}, {jax.device_count()} "
+            f"{jax.devices()[0].device_kind} device(s), {jax.process_count()} process(es), writing to {workdir}")  # fmt: skip
+        if went_on is None:
+            say("compiling the start ...")
             state = jax.jit(init, out_shardings=shardings)(key)
+        else:
+            state = checkpoint.restore(workdir, went_on, shapes, shardings)
+            say(f"going on from step {went_on}, the newest good checkpoint in {workdir}")
         first = int(state.step)
         if first >= config.steps:
-            print(f"nothing to do: {workdir} is at step {first} of config.steps={config.steps}; a larger config.steps goes on")
+            say(f"nothing to do: {workdir} is at step {first} of config.steps={config.steps}; a larger config.steps goes on")
             return
 
-        count = sum(a.size for a in jax.tree.leaves(state.params))
-        print(f"{count:,} parameters; compiling the train step (about a minute for a large network, cached for next time) ...")
-        step = jax.jit(make_step(experiment, optimizer), donate_argnums=1, out_shardings=(shardings, replicated))
-        writer = metrics.writer(workdir, first)
+        checkpoints = stack.enter_context(checkpoint.manager(workdir, config.training.keep, config.training.keep_every))
+        powers = [str(name) for name in config.training.ema if averages.width(name) is not None]
+        snapshots = None
+        if config.training.snapshot_every and powers:
+            checkpoint.forget_later(workdir, first)
+            snapshots = stack.enter_context(checkpoint.snapshots(workdir))
+        writer = metrics.writer(workdir, first) if first_process else metrics.silent()
         stack.callback(writer.close)
+        distance = jax.jit(ema_distance, static_argnums=1, out_shardings=meshes.replicated(mesh))
+
+        count = sum(a.size for a in jax.tree.leaves(shapes.params))
+        say(f"{count:,} parameters; compiling the train step (about a minute for a large network, cached for next time) ...")
+        peak, flops = hardware.peak_flops(jax.devices()[0]), 0.0
+        if peak:
+            flops = hardware.step_flops(step.lower(key, state, batch_of(first)), config.training.accumulate)
         stop = _on_signal(stack)
-        bar = stack.enter_context(tqdm(initial=first, total=config.steps, unit="step", dynamic_ncols=True, smoothing=0.05))
-        shown, since, since_step, grids, pace = [], time.time(), first, 0, 0.0
+        bar = stack.enter_context(
+            tqdm(initial=first, total=config.steps, unit="step", dynamic_ncols=True, smoothing=0.05, disable=not first_process)
+        )
+        pending: collections.deque = collections.deque()
+        told: list[dict] = []
+        row: dict = {}
+        clock = _Clock()
+        grids, saved = 0, first
+
+        def take() -> None:
+            """Fetches what the oldest pending step said, and writes a row of metrics where one is due."""
+            nonlocal told, row
+            done, values, apart = pending.popleft()
+            values = jax.device_get(values)
+            clock.tick(done)
+            if not values["finite"] and config.training.nonfinite == "stop":
+                raise RunError(_not_finite(config, done, values, saved))
+            told.append(values)
+            if apart is None:
+                return
+            row = metrics.summary(told) | {"ema_distance": float(apart)}
+            if clock.pace:
+                row |= {"steps_per_s": 1 / clock.pace, "images_per_s": config.batch_size / clock.pace}
+                if peak:
+                    row["mfu"] = flops / clock.pace / (peak * jax.device_count())
+            clock.restart(done)
+            writer.scalars(done, row)
+            bar.set_postfix(loss=f"{row['loss']:.4f}", **({"skipped": row["skipped"]} if "skipped" in row else {}))
+            told = []
 
         for i in range(first, config.steps):
-            batch = data.batch_at(dataset, config.seed, i, config.batch_size)
-            state, scalars = step(key, state, jax.device_put(batch, split))
+            if profile and i - first in (PROFILED.start, PROFILED.stop):
+                _profile(i - first == PROFILED.start, workdir, state, bar.write)
+            state, values = step(key, state, batch_of(i))
             done = i + 1
-            shown.append(scalars)
-            if len(shown) > 2:
-                # The host stays two steps ahead: enough to keep the device busy, and the bar tells the truth.
-                jax.block_until_ready(shown[-3])
             if i == first:
                 jax.block_until_ready(state)
                 bar.write(f"first step done, {time.time() - start:.0f} s after the start")
-                since, since_step = time.time(), done
-            bar.update()
-            last = done == config.steps or bool(stop)
-            early = not grids and i > first and time.time() - start > FIRST_GRID
+            stopping = _stopping(stop, done)
+            last = done == config.steps or stopping
             logs = done % config.training.log_every == 0 or last
-            if (logs or early) and done > since_step:
-                jax.block_until_ready(state)  # steps are dispatched ahead of the device; only finished ones tell its pace
-                pace = (time.time() - since) / (done - since_step)
-            if logs:
-                values = {name: float(np.mean([float(s[name]) for s in shown])) for name in scalars}
-                shown = []
-                if pace:
-                    values["steps_per_s"] = 1 / pace
-                writer.scalars(done, values)
-                bar.set_postfix(loss=f"{values['loss']:.4f}")
-                since, since_step = time.time(), done
-            if done % config.training.sample_every == 0 or last or early:
-                paused = time.time()
-                forward = pace / config.batch_size / 3  # a training step costs about three forward passes
-                num, steps = _affordable(config, forward, FIRST_GRID_DONE - (paused - start) if early else GRID_SECONDS)
-                path = _sample(config, experiment, state, workdir, writer, num, steps)
-                grids += 1
-                bar.write(f"step {done}: {num} samples of {steps} steps in {path}, {time.time() - start:.0f} s after the start")
-                since += time.time() - paused
-            if done % config.training.save_every == 0 or last:
+            saves = done % config.training.save_every == 0 or last
+            early = not grids and i > first and time.time() - start > FIRST_GRID and jax.process_count() == 1
+            # Who asks to stop may not wait for a grid.
+            draws = (done % config.training.sample_every == 0 or last or early) and not stopping
+            pending.append((done, values, distance(state, runs.average(config)) if logs else None))
+            # Before anything is saved or drawn, all that led to it has proved finite.
+            while len(pending) > (0 if saves or draws else BEHIND):
+                take()
+            bar.update()
+            if snapshots and (done % config.training.snapshot_every == 0 or done == config.steps):
+                checkpoint.save_snapshot(snapshots, done, {name: state.ema[name] for name in powers}, config)
+            if saves:
                 checkpoint.save(checkpoints, state, config)
+                saved = done
+            if draws:
+                with clock.paused():
+                    forward = clock.last / config.batch_size * mesh.size / 3  # a training step costs about three forward passes
+                    num, steps = _affordable(config, forward, FIRST_GRID_DONE - (time.time() - start) if early else GRID_SECONDS)
+                    path = _sample(config, experiment, state, workdir, writer, num, steps)
+                    if row.get("loss_by_logsnr"):
+                        _levels(workdir, writer, done, row["loss_by_logsnr"])
+                    grids += 1
+                    bar.write(f"step {done}: {num} samples of {steps} steps in {path}, {time.time() - start:.0f} s after the start")
             if last:
                 break
-        checkpoints.wait_until_finished()
+        checkpoint.finish(checkpoints)
     if stop:
-        print(f"stopped by {stop[0]} at step {done}, saved; the same command goes on from there")
+        say(f"stopped by {stop[0]} at step {done}, saved; the same command goes on from there")
+    elif done < config.steps:
+        say(f"stopped by a preemption notice at step {done}, saved; the same command goes on from there")
     else:
-        print(f"done: step {done}, {time.time() - start:.0f} s; draw more with: python sample.py --workdir={workdir}")
+        say(f"done: step {done}, {time.time() - start:.0f} s; draw more with: python sample.py --workdir={workdir}")
+
+
+class _Clock:
+    """The pace of steps, told by when they are finished; pauses for drawing are left out."""
+
+    def __init__(self) -> None:
+        self.since, self.pace, self.last = time.time(), 0.0, 0.0
+        self.since_step: int | None = None
+
+    def tick(self, done: int) -> None:
+        """Step `done` is finished."""
+        if self.since_step is None:  # the first step of a process compiles
+            self.restart(done)
+        elif done > self.since_step:
+            self.pace = self.last = (time.time() - self.since) / (done - self.since_step)
+
+    def restart(self, done: int) -> None:
+        """The pace is measured from step `done`."""
+        self.since, self.since_step, self.pace = time.time(), done, 0.0
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Time spent in here is not training."""
+        began = time.time()
+        yield
+        self.since += time.time() - began
+
+
+def _not_finite(config, done: int, values, saved: int) -> str:
+    return (
+        f"step {done} is not finite: loss {values['loss']}, gradient norm {values['grad_norm']}, worst at logsnr "
+        f"{values['worst_logsnr']:.3f}; its batch is batch_at(dataset, seed={config.seed}, step={done - 1}, batch_size="
+        f"{config.batch_size}) and its key fold_in(key({config.seed}), {done - 1}); nothing is saved after step {saved}; "
+        f"--config.training.nonfinite=skip passes over such steps"
+    )
+
+
+def _stopping(stop: list[str], done: int) -> bool:
+    if jax.process_count() == 1:
+        return bool(stop)
+    # All processes stop after the same step: the runtime spreads a SIGTERM or the platform's notice among them.
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.reached_preemption_sync_point(done)
+
+
+def _profile(begin: bool, workdir, state, write) -> None:
+    if begin:
+        jax.profiler.start_trace(str(checkpoint.place(workdir) / "profile"), create_perfetto_trace=True)
+        return
+    jax.block_until_ready(state)
+    jax.profiler.stop_trace()
+    write(f"profile of {len(PROFILED)} steps under {workdir}/profile; open its perfetto_trace.json.gz at https://ui.perfetto.dev")
+
+
+def _levels(workdir, writer, step: int, by_logsnr) -> None:
+    """The loss by noise level since the last row of metrics, as a table and a plot."""
+    picture = metrics.level_plot(by_logsnr)
+    writer.image(step, "loss_by_logsnr", picture)
+    if meshes.first_process():
+        (checkpoint.place(workdir) / "loss_by_logsnr.csv").write_text(metrics.level_table(by_logsnr))
+        pictures.save(checkpoint.place(workdir) / "loss_by_logsnr.png", picture)
 
 
 def _affordable(config, forward: float, budget: float) -> tuple[int, int]:
     """How many images and steps a grid may have in `budget` seconds, one image through the network taking `forward` seconds."""
     num, steps = config.sampling.num, config.sampling.steps
-    if num * steps * forward <= budget:
-        return num, steps
-    num = min(num, int(np.clip(budget / (10 * forward), 4, 16)))
-    return num, int(np.clip(budget / (num * forward), min(5, steps), steps))
+    if num * steps * forward > budget:
+        num = min(num, int(np.clip(budget / (10 * forward), 4, 16)))
+        steps = int(np.clip(budget / (num * forward), min(5, steps), steps))
+    # The clocks of several processes differ, and they must draw the same.
+    num, steps = meshes.agree(np.array([num, steps]))
+    return int(num), int(steps)
 
 
-def _sample(config, experiment, state, workdir: Path, writer, num: int, steps: int) -> Path:
+def _sample(config, experiment, state, workdir, writer, num: int, steps: int):
     """Draws the grid of config.sampling with the averaged parameters and writes it; the same noise every time."""
     run = runs.of(config, experiment, state.ema[runs.average(config)], int(state.step))
     images, columns, _ = runs.showcase(run, jax.random.key(config.seed), num, steps=steps)
     picture = pictures.tile(images, columns)
-    path = workdir / "samples" / f"step_{int(state.step):07d}.png"
-    pictures.save(path, picture)
+    path = checkpoint.place(workdir) / "samples" / f"step_{int(state.step):07d}.png"
+    if meshes.first_process():
+        pictures.save(path, picture)
     writer.image(int(state.step), "samples", picture)
     return path
 
@@ -157,34 +297,56 @@ def _check(config: ConfigDict, mesh) -> None:
     for name in ("steps", "batch_size"):
         if config[name] < 1:
             raise InputError(f"config.{name}={config[name]} is out of range; it is at least 1")
-    for name in ("log_every", "sample_every", "save_every", "keep"):
-        if config.training[name] < 1:
-            raise InputError(f"config.training.{name}={config.training[name]} is out of range; it is at least 1")
-    if config.batch_size % mesh.size:
-        raise InputError(f"config.batch_size={config.batch_size} does not divide over the {mesh.size} devices")
-    if not config.training.ema or not all(0 <= decay < 1 for decay in config.training.ema):
-        raise InputError(f"config.training.ema={config.training.ema} needs one decay or more, each at least 0 and below 1")
+    least = {"log_every": 1, "sample_every": 1, "save_every": 1, "keep": 1, "accumulate": 1, "keep_every": 0, "snapshot_every": 0}
+    for name, smallest in least.items():
+        if config.training[name] < smallest:
+            raise InputError(f"config.training.{name}={config.training[name]} is out of range; it is at least {smallest}")
+    if config.batch_size % (mesh.size * config.training.accumulate):
+        raise InputError(
+            f"config.batch_size={config.batch_size} does not divide over the {mesh.size} device(s) times "
+            f"config.training.accumulate={config.training.accumulate}"
+        )
+    if config.training.nonfinite not in ("stop", "skip"):
+        raise InputError(f"config.training.nonfinite={config.training.nonfinite!r} is unknown; allowed: 'stop', 'skip'")
+    if not config.training.ema:
+        raise InputError(f"config.training.ema={config.training.ema} is empty; it needs one average or more, such as 0.9999")
+    for name in config.training.ema:
+        averages.named(name)
 
 
-def _writable(workdir: Path) -> None:
+def _writable(workdir) -> None:
+    place = checkpoint.place(workdir)
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / ".writable"
-        probe.touch()
+        place.mkdir(parents=True, exist_ok=True)
+        probe = place / f".writable{jax.process_index()}"
+        probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise InputError(f"workdir {workdir} cannot be written: {error.strerror}") from error
+        raise InputError(f"workdir {workdir} cannot be written: {error.strerror or error}") from error
 
 
-def _same_experiment(workdir: Path, config: ConfigDict) -> None:
-    """Raises InputError where the workdir's checkpoint is of another model, data or process."""
-    _, old = checkpoint.restore_meta(workdir)
+def _same_experiment(workdir, step: int, config: ConfigDict) -> None:
+    """Raises InputError where the workdir's checkpoint is of another model, data, process, optimizer or averages.
+
+    A codec whose statistics were measured keeps them: the data may have grown since.
+    """
+    _, old, _ = checkpoint.restore_meta(workdir, step)
+    if config.data.codec == "standardised" and str(old.data.codec).startswith("standardised"):
+        config.data.codec = old.data.codec
+    for name, of in {
+        "training.ema": lambda c: ", ".join(str(average) for average in c.training.ema),
+        "optimizer.name": lambda c: str(c.optimizer.name).split("(")[0],
+    }.items():
+        was, wanted = of(old), of(config)
+        if was != wanted:
+            raise InputError(
+                f"workdir {workdir} was trained with {name}={was!r}, now {wanted!r}; give another --workdir, or that value"
+            )
     for group in ("data", "model", "process"):
         before, now = checkpoint.plain(old[group]), checkpoint.plain(config[group])
         for name in sorted(before.keys() | now.keys()):
             a, b = before.get(name), now.get(name)
-            # The statistics of a standardised codec are measured, and stand in the checkpoint only.
-            if a != b and not (name == "codec" and b == "standardised" and str(a).startswith("standardised")):
+            if a != b and name != "remat":
                 raise InputError(
                     f"workdir {workdir} holds another experiment: its {group}.{name} is {a!r}, now {b!r}; "
                     f"give another --workdir, or the value it was trained with"
@@ -210,16 +372,28 @@ def _on_signal(stack: contextlib.ExitStack) -> list[str]:
             raise KeyboardInterrupt
         seen.append(signal.Signals(number).name)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        stack.callback(signal.signal, number, signal.signal(number, note))
+    def pass_on(number, frame):
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(signal.Signals(number).name)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if jax.process_count() == 1:
+        handlers = {signal.SIGINT: note, signal.SIGTERM: note}
+    else:
+        # JAX's runtime listens for SIGTERM itself, and tells the other processes.
+        handlers = {signal.SIGINT: pass_on}
+    for number, handler in handlers.items():
+        stack.callback(signal.signal, number, signal.signal(number, handler))
     return seen
 
 
 def main() -> None:
     if CONFIG.value is None:
         raise InputError("which experiment? Give --config=configs/digits.py, for instance")
+    meshes.connect(FLAGS.coordinator, FLAGS.processes, FLAGS.process)
     name = Path(config_flags.get_config_filename(FLAGS["config"])).stem
-    train(CONFIG.value, Path(FLAGS.workdir or Path("runs") / name))
+    train(CONFIG.value, FLAGS.workdir or Path("runs") / name, FLAGS.dry_run, FLAGS.profile)
 
 
 if __name__ == "__main__":

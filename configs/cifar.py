@@ -30,10 +30,22 @@ def get_config() -> ConfigDict:
         dropout=0.1,
         time="Sinusoidal",
         dtype="float32",
+        remat=False,
     )
     config.process = dict(schedule="linear_beta(steps=1000)", target="eps", draw="draw_table(1000)", data_std=1.0, drop_label=0.0)
     config.optimizer = dict(name="adam", learning_rate=2e-4, schedule="linear_schedule(0, 1, 5000)", clip=1.0)
-    config.training = dict(ema=(0.9999,), log_every=100, sample_every=5000, save_every=5000, keep=3)
+    config.training = dict(
+        ema=(0.9999,),
+        log_every=100,
+        sample_every=5000,
+        save_every=5000,
+        keep=3,
+        keep_every=0,
+        snapshot_every=0,
+        mesh=(-1, 1),
+        accumulate=1,
+        nonfinite="stop",
+    )
     config.sampling = dict(
         ema=0.9999,
         times="strided(1000)",

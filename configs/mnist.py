@@ -27,10 +27,22 @@ def get_config() -> ConfigDict:
         dropout=0.0,
         time="Sinusoidal",
         dtype="float32",
+        remat=False,
     )
     config.process = dict(schedule="cosine", target="v", draw="draw_uniform(0.001, 0.999)", data_std=1.0, drop_label=0.1)
     config.optimizer = dict(name="adam", learning_rate=5e-4, schedule="linear_schedule(0, 1, 200)", clip=1.0)
-    config.training = dict(ema=(0.999,), log_every=50, sample_every=1000, save_every=1000, keep=3)
+    config.training = dict(
+        ema=(0.999,),
+        log_every=50,
+        sample_every=1000,
+        save_every=1000,
+        keep=3,
+        keep_every=0,
+        snapshot_every=0,
+        mesh=(-1, 1),
+        accumulate=1,
+        nonfinite="stop",
+    )
     config.sampling = dict(
         ema=0.999,
         times="uniform",

@@ -1,21 +1,27 @@
 """What the scripts share: flags, one-line errors with exit code 2, and the compile cache. Importing it changes nothing."""
 
+import errno
 import os
+import re
 import runpy
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from jaxdiff.errors import InputError, nearest
+from jaxdiff.errors import InputError, RunError, nearest
+from jaxdiff.experiment import check_keys
 
 
 def run(main: Callable[[], None]) -> None:
-    """Parses the command line and calls `main`; wrong input prints one line on stderr and leaves with exit code 2."""
+    """Parses the command line and calls `main`; wrong input prints one line on stderr and leaves with exit code 2, a run that
+    cannot go on with 1."""
     program = Path(sys.argv[0]).name
+    warnings.formatwarning = lambda message, *args, **kwargs: f"{program}: {message}\n"
     try:
         _parse(sys.argv)
         enable_compile_cache()
@@ -23,6 +29,11 @@ def run(main: Callable[[], None]) -> None:
     except InputError as error:
         print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except (RunError, OSError) as error:
+        if not isinstance(error, RunError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
 
 
 def enable_compile_cache() -> None:
@@ -39,34 +50,47 @@ def _parse(argv: list[str]) -> None:
     app.define_help_flags()
     try:
         rest = flags.FLAGS(argv)
-        config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
-        if config is not None:
-            dict(config)  # what stands for a file that failed to load raises here
-    except (flags.Error, OSError, KeyError, AttributeError, TypeError, ValueError, SyntaxError, ImportError) as error:
+        given = "config" in flags.FLAGS and flags.FLAGS["config"].present
+        config = flags.FLAGS["config"].value if given else None
+        getattr(config, "keys", None)  # what stands for a file that failed to load raises here
+    except Exception as error:  # a config file is a program, and may raise anything
         raise InputError(_explain(argv, error)) from error
     if len(rest) > 1:
         raise InputError(f"unexpected argument {rest[1]!r}; options are written --name=value")
+    if given:
+        check_keys(config)
 
 
 def _explain(argv: list[str], error: Exception) -> str:
     """One line that names the wrong flag, config file or config key."""
-    file = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
-    if file is None or isinstance(error, flags.Error):
+    options = list(_options(argv))
+    file = next((value for name, value in options if name == "config"), None)
+    if file is None:
         return str(error)
-    path = Path(file.split(":")[0])
-    if not path.is_file():
+    path, *argument = file.split(":", 1)
+    if not Path(path).is_file():
         there = sorted(str(p) for p in Path("configs").glob("*.py"))
         return f"config file {file} is not there{nearest(file, there)}; allowed: {', '.join(there) or 'the path of a config'}"
     try:
-        config = runpy.run_path(str(path))["get_config"]()
+        config = runpy.run_path(path)["get_config"](*argument)
     except Exception as failure:
         return f"config file {file} failed to load: {type(failure).__name__}: {failure}"
-    for argument in argv:
-        if argument.startswith("--config."):
-            wrong = unknown_key(config, argument[len("--config.") :].split("=")[0])
-            if wrong:
-                return wrong
+    if isinstance(error, flags.Error):
+        return str(error)
+    if not isinstance(config, ConfigDict):
+        return f"config file {file}: get_config() returned {type(config).__name__}, not an ml_collections.ConfigDict"
+    for name, _ in options:
+        key = re.fullmatch(r"(?:no)?config\.(.*)", name)  # --noconfig.data.flip is how to write a false one
+        if key and (wrong := unknown_key(config, key[1])):
+            return wrong
     return str(error)
+
+
+def _options(argv: list[str]) -> Iterator[tuple[str, str]]:
+    """The options with their values, written --name=value, --name value, -name=value or -name value."""
+    for argument, following in zip(argv[1:], [*argv[2:], ""]):
+        if found := re.fullmatch(r"--?([^-=][^=]*)(?:=(.*))?", argument, re.DOTALL):
+            yield found[1], following if found[2] is None else found[2]
 
 
 def unknown_key(config: ConfigDict, dotted: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The one exception that means "the input is wrong", as opposed to "the program is wrong"."""
+"""What is told in one line and without a traceback: wrong input, and a run that cannot go on. All else is our mistake."""
 
 import difflib
 from collections.abc import Iterable
@@ -8,6 +8,13 @@ class InputError(ValueError):
     """Wrong input from the user: one line that names the wrong value and what is allowed.
 
     The scripts print it on stderr without a traceback and leave with exit code 2.
+    """
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on, through no fault of the input: a full disk, a loss that is not finite.
+
+    The scripts print it on stderr without a traceback and leave with exit code 1.
     """
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import numbers
 from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
@@ -25,7 +26,7 @@ def parse(module: ModuleType, text: str, key: str, allowed: Iterable[str] | None
         args = tuple(ast.literal_eval(a) for a in call.args)
         kwargs = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
         name = call.func.id  # type: ignore[attr-defined]
-    except (SyntaxError, ValueError, AttributeError):
+    except (SyntaxError, ValueError, TypeError, AttributeError):
         raise InputError(f'{key}={text!r} is not a name such as "cosine" or a name with numbers such as "edm(0.5)"') from None
     names = sorted(public(module) if allowed is None else allowed)
     if name not in names:
@@ -55,5 +56,10 @@ def _call(function: Callable, text: str, key: str, *args: Any, **kwargs: Any) ->
         return function(*args, **kwargs)
     except InputError:
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:  # draw_table(0) divides by it
         raise InputError(f"{key}={text!r}: {' '.join(str(error).split())}") from error
+
+
+def whole(value: Any, least: int) -> bool:
+    """Whether a config's value is an integer, True and False being none, and at least `least`."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least

@@ -3,6 +3,9 @@
 from pathlib import Path
 
 import numpy as np
+from etils import epath
+
+from jaxdiff.errors import InputError
 
 
 def tile(images: np.ndarray, columns: int | None = None, gap: int = 1, smallest: int = 32) -> np.ndarray:
@@ -26,12 +29,15 @@ def tile(images: np.ndarray, columns: int | None = None, gap: int = 1, smallest:
     return canvas
 
 
-def save(path: str | Path, picture: np.ndarray) -> None:
-    """Writes a picture, uint8 [H, W, 3], as PNG, whole or not at all."""
+def save(path: str | Path | epath.Path, picture: np.ndarray) -> None:
+    """Writes a picture, uint8 [H, W, 3], as PNG, whole or not at all. Raises InputError where `path` is a directory."""
     from PIL import Image
 
-    path = Path(path)
+    path = epath.Path(path)  # gs:// too
+    if path.is_dir():
+        raise InputError(f"a picture cannot be written to {path}: it is a directory; give the name of a file, such as samples.png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    Image.fromarray(picture).save(temporary, "PNG")
+    temporary = path.parent / (path.name + ".partial")
+    with temporary.open("wb") as file:
+        Image.fromarray(picture).save(file, "PNG")
     temporary.replace(path)

@@ -1,5 +1,6 @@
 """A run is a trained experiment: what a notebook or sample.py draws from."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -41,20 +43,29 @@ class Run(NamedTuple):
     step: int
 
 
-def load(workdir: str | Path) -> Run:
-    """The run whose newest checkpoint is in `workdir`; only its averaged parameters are read.
+def load(workdir: str | Path, ema: float | str | None = None) -> Run:
+    """The run whose newest good checkpoint is in `workdir`; only its averaged parameters are read, onto every device.
 
-    Raises InputError where there is no checkpoint, or a damaged one.
+    `ema` names another average than config.sampling.ema: one of config.training.ema, or where the workdir holds snapshots
+    "power(std)" of any width, put together from them (Karras et al. 2024, section 3). Damaged checkpoints are passed over with a
+    warning. Raises InputError where there is no good checkpoint, or no such average.
     """
-    from jaxdiff.training import checkpoint  # brings Orbax, which drawing from parameters at hand does not need
+    from jaxdiff.training import checkpoint, posthoc  # brings Orbax, which drawing from parameters at hand does not need
+    from jaxdiff.training import mesh as meshes
 
-    step, config = checkpoint.restore_meta(workdir)
+    step, config, bad = checkpoint.restore_meta(workdir)
+    for number, problem in bad.items():
+        warnings.warn(f"checkpoint of step {number} is damaged ({problem}); using step {step}", stacklevel=2)
     experiment = build(config)
+    everywhere = meshes.replicated(meshes.make_mesh((-1, 1)))
     params = jax.eval_shape(experiment.init, jax.random.key(0))
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), params)
-    ema = checkpoint.restore_ema(workdir, {str(decay): abstract for decay in config.training.ema})
-    return of(config, experiment, ema[average(config)], step)
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), params)
+    kept = {str(name): abstract for name in config.training.ema}
+    if ema is None or str(ema) in kept:
+        name = average(config) if ema is None else str(ema)
+        return of(config, experiment, checkpoint.restore_ema(workdir, step, kept)[name], step)
+    averaged = posthoc.reconstruct(workdir, config, abstract, ema, step)
+    return of(config, experiment, jax.device_put(averaged, everywhere), step)
 
 
 def average(config) -> str:
@@ -72,7 +83,7 @@ def of(config, experiment: Experiment, params: Any, step: int = 0) -> Run:
         labels = _labels(config, experiment, label)
         if not np.isfinite(guidance):
             raise InputError(f"guidance={guidance} is not a finite number")
-        if guidance != 1 and labels is None:
+        if guidance != 1 and (labels is None or (labels == -1).all()):
             raise InputError(f"guidance={guidance} needs a label: without one there is nothing to guide towards")
         if guidance != 1 and not config.process.drop_label:
             raise InputError(f"guidance={guidance} needs a model trained with process.drop_label above 0")
@@ -93,32 +104,53 @@ def of(config, experiment: Experiment, params: Any, step: int = 0) -> Run:
             raise InputError(f"{n} images cannot be drawn; ask for at least 1")
         levels = grid(config, experiment, params, steps)
         labels = _labels(config, experiment, label)
+        if labels is None and experiment.classes:
+            labels = np.array(-1, np.int32)  # as an array: no label and any label share one program
         if labels is not None:
             labels = np.broadcast_to(labels, (n,)) if labels.ndim == 0 or len(labels) == n else labels
             if labels.shape != (n,):
                 raise InputError(f"{n} images need one label or {n}, got {labels.shape[0]}")
         keys = sampling.sample_keys(key, n)
-        size = min(n, config.sampling.batch_size)
+        # Each device draws its share of a batch; a sample depends on its own key alone, so not on how many share the work.
+        mesh = _mesh(params)
+        devices = 1 if mesh is None else mesh.size
+        size = -(-min(n, config.sampling.batch_size) // devices) * devices
         images = []
         for start in tqdm(range(0, n, size), desc="sampling", unit="batch", disable=n <= size):
             # The last batch is filled up, so that every batch has one shape and one compiled program.
             rows = np.minimum(np.arange(start, start + size), n - 1)
             made = _solver(solver, "solver", denoise(None if labels is None else labels[rows], guidance))
-            z = _draw(keys[rows], made, levels, experiment.data_std, shape=latent_shape(experiment, size))
-            images.append(np.asarray(experiment.codec.decode(z))[: n - start])
+            z = _draw(keys[rows], made, levels, experiment.data_std, shape=latent_shape(experiment, size), mesh=mesh)
+            images.append(_fetch(experiment.codec.decode(z))[: n - start])
         return np.concatenate(images)
 
     return Run(config, params, experiment.shape, experiment.codec, denoise, generate, step)
 
 
-def _draw_samples(keys, solver, levels, data_std, shape):
+def _mesh(params: Any) -> Mesh | None:
+    """The mesh of several devices that the parameters are on, None for a single one."""
+    sharding = getattr(next(iter(jax.tree.leaves(params)), None), "sharding", None)
+    return sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None  # type: ignore[return-value]
+
+
+def _fetch(images: Array) -> np.ndarray:
+    if images.is_fully_addressable:
+        return np.asarray(images)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(images, tiled=True))
+
+
+def _draw_samples(keys, solver, levels, data_std, shape, mesh):
+    if mesh is not None:
+        keys = jax.lax.with_sharding_constraint(keys, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
     k_prior, k_solve = (jax.vmap(lambda k, i=i: jax.random.fold_in(k, i))(keys) for i in range(2))
     start = Level(levels.alpha[0], levels.sigma[0])
     return sampling.sample(k_solve, solver, sampling.prior(k_prior, start, shape, data_std), levels)
 
 
 # Parameters, labels, guidance, eta, the grid and the keys are traced arguments: new values never compile again.
-_draw = jax.jit(_draw_samples, static_argnames="shape")
+_draw = jax.jit(_draw_samples, static_argnames=("shape", "mesh"))
 
 
 def grid(config, experiment: Experiment, params: Any, steps: int) -> Level:
@@ -148,6 +180,9 @@ def grid(config, experiment: Experiment, params: Any, steps: int) -> Level:
 def check(config, experiment: Experiment) -> None:
     """Raises InputError where config.sampling asks for what the model cannot do; needs no parameters and computes nothing."""
     average(config)
+    for name in ("num", "batch_size"):
+        if config.sampling[name] < 1:
+            raise InputError(f"sampling.{name}={config.sampling[name]} is out of range; it is at least 1")
     grid(config, experiment, None, config.sampling.steps)
     label, guidance = (0, config.sampling.guidance) if experiment.classes else (None, 1.0)
     denoise = of(config, experiment, None).denoiser(label, guidance)
@@ -176,10 +211,12 @@ def _labels(config, experiment: Experiment, label: Any) -> np.ndarray | None:
     if not experiment.classes:
         raise InputError(f"label={label} was given, but this model is unconditional")
     labels = np.asarray(label)
-    wrong = labels[(labels < -1) | (labels >= experiment.classes)]
+    least = -1 if config.process.drop_label else 0  # without dropped labels the null one was never trained
+    wrong = labels[(labels < least) | (labels >= experiment.classes)]
     if not np.issubdtype(labels.dtype, np.integer) or labels.ndim > 1 or wrong.size:
         value = wrong.flat[0] if wrong.size else label
-        raise InputError(f"label={value} is out of range; allowed: 0 to {experiment.classes - 1}, or -1 for none")
+        none = ", or -1 for none" if least < 0 else ""
+        raise InputError(f"label={value} is out of range; allowed: 0 to {experiment.classes - 1}{none}")
     return labels.astype(np.int32)
 
 
@@ -197,12 +234,13 @@ def showcase(run: Run, key: Array, n: int, label: Any = None, **settings: Any) -
     square will do.
     """
     sampling, classes = run.config.sampling, run.config.model.classes
+    asked = "guidance" in settings
     settings = {name: sampling[name] for name in ("steps", "solver", "guidance")} | settings
     columns = None
     if label is None and classes:
         label, columns = np.arange(n) % classes, classes if classes <= 20 else None
-    if label is None or np.all(np.asarray(label) == -1):
-        # There is nothing to guide towards.
+    if (label is None or np.all(np.asarray(label) == -1)) and not asked:
+        # There is nothing to guide towards; a guidance that was asked for is refused.
         settings["guidance"] = 1.0
     images = run.generate(key, n, label=label, **settings)
     return images, columns, None if label is None else np.broadcast_to(np.asarray(label, np.int32), (n,))

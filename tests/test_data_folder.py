@@ -1,5 +1,7 @@
 """Folders of images: order, classes, splits, sizes, and what is said about wrong ones."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -126,6 +128,17 @@ def test_wrong_folders(folder, read, tmp_path):
     check(lambda: read("test"), "no split 'test', only train")
     save(folder / "cat" / "b.png", plain(1))
     check(read, r"both beside \(a\.png\) and inside \(cat/b\.png\)")
+
+
+def test_two_folders_with_equal_names_sizes_and_times_are_not_one(tmp_path):
+    for value in (1, 2):
+        path = tmp_path / str(value) / "a.bmp"  # of one length, whatever the pixels
+        save(path, plain(value))
+        os.utime(path, ns=(0, 0))
+        assert (load("folder", "train", path.parent, tmp_path / "cache").images == value).all()
+    (tmp_path / "link").symlink_to(tmp_path / "1")
+    assert (load("folder", "train", tmp_path / "link", tmp_path / "cache").images == 1).all()
+    assert len(list((tmp_path / "cache").glob("*/meta.json"))) == 2, "another name of the same folder is the same folder"
 
 
 @pytest.mark.parametrize("damage", ["empty", "text", "cut", "header", "sixteen bits", "dangling"])

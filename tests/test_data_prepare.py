@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import http.server
 import io
+import json
 import os
 import signal
 import subprocess
@@ -139,6 +140,22 @@ def test_what_is_there_is_not_made_again(cifar10, tmp_path, capsys):
     assert capsys.readouterr().out == f"cifar10 3.0.2 is already in {tmp_path}\n"
     assert preparing.main(["cifar10", f"--data_dir={tmp_path}"]) == 0
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+
+
+def test_a_set_in_another_format_is_not_there(cifar10, tmp_path, capsys):
+    """What training refuses is no reason to say that all is done."""
+    info = tmp_path / "cifar10" / "3.0.2" / "dataset_info.json"
+    info.parent.mkdir(parents=True)
+    info.write_text(json.dumps({"name": "cifar10", "fileFormat": "tfrecord"}))
+    refused(
+        lambda: preparing.prepare(cifar10, tmp_path),
+        "holds tfrecord files, and only array_record can be read; "
+        "to get it: python -m jaxdiff.data.prepare cifar10 --data_dir=ANOTHER_DIR",
+    )
+    assert preparing.main(["cifar10", f"--data_dir={tmp_path}"]) == 2
+    assert "already" not in capsys.readouterr().out
+    info.write_text(json.dumps({"name": "cifar10", "fileFormat": "tfrecord", "alternativeFileFormats": ["array_record"]}))
+    assert preparing.prepare(cifar10, tmp_path) == info.parent
 
 
 def test_a_file_with_the_right_digest_is_not_downloaded(cifar10, served, tmp_path):

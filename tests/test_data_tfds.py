@@ -149,6 +149,18 @@ def test_a_set_that_is_not_there(copy, read, tmp_path):
     refused(lambda: read("animls", copy), "which holds animals; did you mean 'animals'")
     refused(lambda: read("celeb_a", copy), "celeb_a is not in .*data, which holds animals; .*" + how.format("celeb_a"))
     refused(lambda: read("cifar10", copy), "python -m jaxdiff.data.prepare cifar10 --data_dir=.*data")
+    for name, near in (
+        ("digit", "digits"),
+        ("foldr", "folder"),
+        ("cifar-10", "cifar10"),
+        ("mnits", "mnist"),
+        ("animls", "animals"),
+    ):
+        refused(lambda name=name: read(name, copy), f"{name} is not in .*; did you mean '{near}'")
+        if near != "animals":
+            refused(
+                lambda name=name: read(name, tmp_path / "no"), f"{name} is not prepared; did you mean '{near}'.; data_dir .*no "
+            )
     refused(lambda: read("mnist", tmp_path / "no"), "data_dir .*no does not exist; .*jaxdiff.data.prepare mnist")
     refused(lambda: read("../data/animals", copy), "is not the name of a set")
     refused(lambda: read("", copy), "'' is not the name of a set")
@@ -173,9 +185,22 @@ def edit(directory, file, change):
 
 def test_other_file_formats(copy, read):
     edit(copy, "dataset_info.json", lambda info: info | {"fileFormat": "tfrecord"})
-    refused(lambda: read("animals", copy), "holds tfrecord files, and only array_record can be read")
+    refused(
+        lambda: read("animals", copy),
+        "holds tfrecord files, and only array_record can be read; to get it: pip install .* "
+        "tfds build animals --file_format=array_record --data_dir=ANOTHER_DIR, then give that data_dir",
+    )
     edit(copy, "dataset_info.json", lambda info: {k: v for k, v in info.items() if k != "fileFormat"})
     refused(lambda: read("animals", copy), "holds tfrecord files")
+
+
+def test_another_format_of_a_set_with_configurations_or_of_a_recipe_names_its_own_command(copy, read):
+    edit(copy, "dataset_info.json", lambda info: info | {"fileFormat": "tfrecord"})
+    (copy / "cifar10").mkdir()
+    shutil.copytree(copy / "animals" / "1.2.3", copy / "cifar10" / "1.2.3")
+    refused(lambda: read("cifar10", copy), "to get it: python -m jaxdiff.data.prepare cifar10 --data_dir=ANOTHER_DIR, then")
+    shutil.move(copy / "animals" / "1.2.3", copy / "animals" / "small" / "1.2.3")
+    refused(lambda: read("animals/small", copy), "tfds build animals/small --file_format=array_record")
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ def test_every_config_builds_and_says_how_to_run_it(path):
     built = experiment.build(c)
     params = jax.eval_shape(built.init, jax.random.key(0))
     batch = {"image": jnp.zeros((2, *built.shape), jnp.uint8), "label": jnp.zeros(2, jnp.int32)}
-    each, extra, _ = jax.eval_shape(built.loss, params, built.extra, jax.random.key(0), batch)
+    example = jax.eval_shape(built.prepare, built.extra, jax.random.key(0), batch)
+    each, extra, _ = jax.eval_shape(built.loss, params, built.extra, jax.random.key(0), example)
     assert each.shape == (2,) and each.dtype == jnp.float32 and extra == ()
 
 
@@ -52,7 +53,8 @@ def test_the_loss_is_the_denoising_loss_of_its_own_draws():
     built = experiment.build(c)
     params = built.init(jax.random.key(0))  # the last convolution starts at zero, so the network says zero
     image = jnp.full((4096, 8, 8, 1), 255, jnp.uint8)
-    each, _, _ = jax.jit(built.loss)(params, (), jax.random.key(1), {"image": image, "label": jnp.zeros(4096, jnp.int32)})
+    example = built.prepare((), jax.random.key(1), {"image": image, "label": jnp.zeros(4096, jnp.int32)})
+    each, _, _ = jax.jit(built.loss)(params, (), jax.random.key(1), example)
     # flow = eps - x0 with x0 = 1: E(eps - 1)^2 = 2.
     assert abs(float(each.mean()) - 2) < 5 * float(each.std()) / 64
 
@@ -68,7 +70,7 @@ def test_labels_are_dropped_as_often_as_asked_and_seen_otherwise():
     def changed(key):
         def loss(table):
             p = {"params": {**params["params"], "label": {"embedding": table}}}
-            return built.loss(p, (), key, batch)[0]
+            return built.loss(p, (), key, built.prepare((), key, batch))[0]
 
         table = params["params"]["label"]["embedding"]
         return jnp.mean(loss(table) == loss(table.at[0].add(1.0)))  # row 0 is the null label
@@ -96,7 +98,8 @@ def test_flips_happen_only_where_asked(monkeypatch):
     batch = {"image": jnp.full((4, 8, 8, 1), 255, jnp.uint8), "label": jnp.zeros(4, jnp.int32)}
     for flip, want in ((False, 1.0), (True, 0.0)):
         built = experiment.build(config(**{"data.flip": flip, "process.target": "x0"}))
-        each, _, _ = built.loss(built.init(jax.random.key(0)), (), jax.random.key(0), batch)  # the network says zero
+        key = jax.random.key(0)
+        each, _, _ = built.loss(built.init(key), (), key, built.prepare((), key, batch))  # the network says zero
         np.testing.assert_allclose(each, want, atol=1e-4)
 
 
@@ -115,6 +118,47 @@ def test_flips_happen_only_where_asked(monkeypatch):
         ({"model.name": "UNett"}, "did you mean 'UNet'"),
         ({"model.dtype": "float33"}, "model.dtype='float33'"),
         ({"model.time": "Sinusoid"}, "did you mean 'Sinusoidal'"),
+        ({"model.heads": 3}, "model.heads=3 does not divide the channels where attention is; allowed: 1, 2, 4, 8"),
+        ({"model.heads": 16, "model.multipliers": (1, 2), "model.attention": (0,)}, "model.heads=16 does not divide"),
+        ({"model.heads": 0}, "model.heads=0"),
+        ({"model.channels": 0}, "model.channels=0 is out of range; it is a whole number, at least 1"),
+        ({"model.channels": -8}, "model.channels=-8"),
+        ({"model.multipliers": ()}, "model.multipliers=()"),
+        ({"model.multipliers": (1, 0)}, "model.multipliers=(1, 0)"),
+        ({"model.multipliers": (1.5,)}, "model.multipliers=(1.5,)"),
+        ({"model.blocks": 0}, "model.blocks=0"),
+        ({"model.attention": (16,)}, "model.attention=(16,) names a level that is not there; allowed: 0 (levels"),
+        ({"model.attention": (2,), "model.multipliers": (1, 2)}, "allowed: 0, 1 (levels"),
+        ({"model.attention": (-1,)}, "model.attention=(-1,)"),
+        ({"model.attention": (0.0,)}, "model.attention=(0.0,)"),
+        ({"model.dropout": 1.0}, "model.dropout=1.0 is out of range; it is at least 0 and below 1"),
+        ({"model.dropout": -0.1}, "model.dropout=-0.1"),
+        ({"model.dropout": float("nan")}, "model.dropout=nan"),
+        ({"model.classes": -1}, "model.classes=-1 is out of range; it is a whole number, at least 0"),
+        ({"process.draw": "draw_table(0)"}, "process.draw='draw_table(0)': division by zero"),
+        ({"process.draw": "draw_table(-5)"}, "process.draw='draw_table(-5)', times -0.2 to 1 of process.schedule='cosine', "),
+        ({"process.draw": "draw_table(-5)", "process.schedule": "linear_beta(1000)"}, "draws a logsnr up to inf"),
+        ({"process.draw": "draw_table(9999999999)"}, "process.draw='draw_table(9999999999)' cannot be drawn from"),
+        ({"process.draw": "draw_uniform(0.001, 2.0)"}, "leaves the schedule"),
+        ({"process.draw": "draw_uniform(0.001, 2.0)", "process.schedule": "linear_beta(1000)"}, "must fall all the way"),
+        ({"process.draw": "draw_uniform(-0.5, 1.0)"}, "leaves the schedule"),
+        ({"process.draw": "draw_uniform(-0.5, 1.0)", "process.schedule": "linear_beta(1000)"}, "draws a logsnr up to inf"),
+        ({"process.draw": "draw_uniform(0.9, 0.1)"}, "must fall all the way"),
+        ({"process.draw": "draw_uniform(0.0, 1.0)"}, "draws a logsnr up to inf; the highest must be finite"),
+        ({"process.draw": "draw_uniform(1.0, 1.0)"}, "draws a logsnr up to -inf"),
+        (
+            {"process.draw": "draw_uniform(1e30, 1e39)", "process.schedule": "edm"},
+            "leaves the schedule: the schedule is not finite",
+        ),
+        ({"process.draw": "draw_uniform(0.1, 1e999)"}, "does not draw between two finite numbers"),
+        ({"process.draw": "draw_uniform('a', 'b')"}, "does not draw between two finite numbers"),
+        ({"process.data_std": float("inf")}, "process.data_std=inf"),
+        ({"process.drop_label": float("nan")}, "process.drop_label=nan"),
+        ({"data.shape": (8, 8, 2)}, "data.shape=(8, 8, 2) has 2 channels; allowed: 1 (grey) or 3 (colour)"),
+        ({"data.shape": (8, 8)}, "data.shape=(8, 8) is not the (height, width, channels) of an image"),
+        ({"data.shape": (8.0, 8, 1)}, "data.shape=(8.0, 8, 1)"),
+        ({"data.shape": (8, 0, 1)}, "data.shape=(8, 0, 1)"),
+        ({"seed": -1}, "config.seed=-1 is out of range; it is a whole number from 0 to 2**63 - 1"),
     ],
 )
 def test_wrong_configs_are_refused_in_one_line(changes, said):
@@ -131,15 +175,106 @@ def test_an_unknown_model_field_is_refused():
         experiment.build(c)
 
 
+def changed(group, **changes):
+    """The tiny config with keys of a group set, or taken out where None."""
+    c = config()
+    values = c[group] if group else c
+    with c.unlocked():
+        for key, value in changes.items():
+            if key in values:
+                del values[key]  # a ConfigDict keeps the type of what it holds
+            if value is not None:
+                values[key] = value
+    return c
+
+
+@pytest.mark.parametrize(
+    "c, said",
+    [
+        (changed("training", keep_every=None), "config key training.keep_every is missing"),
+        (
+            changed("training", save_every=None, sav_every=3),
+            "training.sav_every is unknown; did you mean 'save_every'?; allowed: ema, ",
+        ),
+        (changed("", sampling=None), "config key sampling is missing"),
+        (changed("", data_dir=None), "config key data_dir is missing"),
+        (changed("data", size=None, sizes=0), "data.sizes is unknown; did you mean 'size'"),
+        (changed("model", classes=None), "config key model.classes is missing"),
+        (changed("model", name=None), "config key model.name is missing"),
+        (changed("", optimiser={}), "config key optimiser is unknown; did you mean 'optimizer'?; allowed: seed, "),
+        (changed("", process=3), "config key process=3 is a value, not an ml_collections.ConfigDict; it holds schedule, "),
+        (config().to_dict(), "the config is of type dict"),
+    ],
+)
+def test_a_config_without_its_keys_is_refused_in_one_line(c, said):
+    with pytest.raises(InputError) as error:
+        experiment.check_keys(c)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_keys_of_every_config_are_the_keys_known():
+    for c in [config(), *(load(path).get_config() for path in CONFIGS)]:
+        experiment.check_keys(c)
+
+
+@pytest.mark.parametrize("group, key", [("data", "shape"), ("data", "flip"), ("model", "classes"), ("process", "drop_label")])
+def test_building_needs_what_it_reads_and_nothing_else(group, key):
+    c = config()
+    with c.unlocked():
+        for name in ("seed", "steps", "batch_size", "data_dir", "optimizer", "training", "sampling"):
+            del c[name]
+        del c.data["split"], c.data["size"], c.data["name"]
+        assert experiment.build(c).shape == (8, 8, 1)
+        del c[group][key]
+    with pytest.raises(InputError, match=f"config key {group}.{key} is missing"):
+        experiment.build(c)
+
+
+def test_building_refuses_keys_that_nothing_reads():
+    with pytest.raises(InputError, match=r"training\.kep is unknown; did you mean 'keep'"):
+        experiment.build(changed("training", kep=3))
+
+
+def test_an_output_that_is_not_the_images_is_refused():
+    # Its channels would be spread over the image's one, and the loss be a number all the same.
+    with pytest.raises(InputError, match=r"model\.out_channels=3 .* allowed: None, 1"):
+        experiment.build(changed("model", out_channels=3))
+    assert experiment.build(changed("model", out_channels=1)).shape == (8, 8, 1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"process.draw": "draw_table(1000)"},  # cosine, whose alpha is 0 at t = 1: a logsnr of -inf
+        {"process.draw": "draw_uniform(0.5, 0.5)"},
+        {"process.draw": "draw_uniform(0.002, 80.0)", "process.schedule": "edm", "process.target": "edm(0.5)"},
+        {"process.draw": "draw_table(1)", "process.schedule": "linear_beta(1)"},
+        {"process.draw": "draw_table(1000)", "process.schedule": "linear_beta(1000, 0.01, 0.9)"},  # alpha underflows to 0
+        {"model.heads": 8, "model.multipliers": (1, 2), "model.attention": (0, 1)},
+        {"model.channels": 1},
+        {"data.shape": (8, 8, 3)},
+        {"seed": 2**63 - 1},
+    ],
+)
+def test_what_can_work_is_built(changes):
+    built = experiment.build(config(**changes))
+    params = jax.eval_shape(built.init, jax.random.key(0))
+    batch = {"image": jnp.zeros((2, *built.shape), jnp.uint8), "label": jnp.zeros(2, jnp.int32)}
+    example = jax.eval_shape(built.prepare, built.extra, jax.random.key(0), batch)
+    assert jax.eval_shape(built.loss, params, built.extra, jax.random.key(0), example)[0].shape == (2,)
+
+
 def test_the_training_loss_equals_the_formula_at_a_known_level():
     built = experiment.build(config(**{"model.classes": 0, "model.dropout": 0.0, "process.draw": "draw_uniform(0.5, 0.5)"}))
     params = jax.tree.map(lambda a: a + 0.05, built.init(jax.random.key(0)))
     image = jnp.asarray(data.load("digits").images[:3])
     key = jax.random.key(9)
-    each, _, _ = built.loss(params, (), key, {"image": image, "label": jnp.full(3, -1)})
-    k_eps = jax.random.split(key, 6)[4]
+    example = built.prepare((), key, {"image": image, "label": jnp.full(3, -1)})
+    each, _, metrics = built.loss(params, (), key, example)
+    k_eps = jax.random.split(key, 5)[4]
     level = Level(*(a.reshape(1, 1, 1, 1) for a in schedules.cosine(jnp.float32(0.5))))
     x0 = image / 127.5 - 1.0
     want = losses.denoising_loss(k_eps, built.net(params, None), targets.v, x0.astype(jnp.float32), level)
     np.testing.assert_allclose(each, want, rtol=1e-5)
+    np.testing.assert_allclose(metrics["logsnr"], jnp.full(3, logsnr(level).item()), rtol=1e-5)
     assert times.draw_uniform(0.5, 0.5).first == 0.5

@@ -1,5 +1,6 @@
 import functools
 
+import numpy as np
 import pytest
 
 from jaxdiff import names, schedules, times
@@ -29,6 +30,7 @@ def test_arguments_wait_for_the_rest():
         ("os.system('true')", "is not a name"),
         ("linear_beta(stepz=3)", "unexpected keyword argument 'stepz'"),
         ("linear_beta(steps=0)", "steps >= 1"),
+        ("linear_beta({[]: 1})", "is not a name"),
         ("Callable", "is unknown"),
     ],
 )
@@ -36,6 +38,16 @@ def test_wrong_names_say_what_is_allowed(text, said):
     with pytest.raises(InputError) as error:
         names.named(schedules, text, "process.schedule")
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_arithmetic_that_fails_in_a_call_is_one_line():
+    with pytest.raises(InputError, match=r"^process\.draw='draw_table\(0\)': division by zero$"):
+        names.named(times, "draw_table(0)", "process.draw")
+
+
+def test_a_whole_number_is_an_integer_and_no_boolean():
+    assert names.whole(3, 3) and names.whole(np.int32(0), 0)
+    assert not any(names.whole(value, 0) for value in (-1, 1.0, True, "1", None, (1,)))
 
 
 def test_nearest_suggests_only_what_is_near_and_not_the_word_itself():

@@ -73,4 +73,6 @@ def _source(root: Path, split: str, files: list[str], classes: tuple[str, ...]) 
     except OSError as error:
         raise InputError(f"{error.filename} is not a readable image: {error.strerror}") from error
     facts = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in zip(files, stats, strict=True)]
-    return Source("folder", "", split, classes, fingerprint([facts, classes]), len(files), items)
+    # And where the folder is: bitmaps of one size, written by one program, may differ in nothing but their pixels.
+    place = os.path.realpath(root)
+    return Source("folder", "", split, classes, fingerprint([place, facts, classes]), len(files), items)

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxdiff.data.files import lock, move_when_synced, remove, removed_at_the_end
-from jaxdiff.data.tfds import default_data_dir
+from jaxdiff.data.tfds import default_data_dir, require_array_record
 from jaxdiff.errors import InputError, nearest
 
 _MNIST = "https://storage.googleapis.com/cvdf-datasets/mnist/"
@@ -50,7 +50,7 @@ def prepare(recipe: Recipe, data_dir: str | os.PathLike[str]) -> Path:
 
     Downloads stay in data_dir/downloads, where a file fetched by other means is taken too if its digest is right.
 
-    Raises InputError where a download fails or has the wrong digest, or data_dir cannot be written.
+    Raises InputError where a download fails or has the wrong digest, data_dir cannot be written, or has the set in another form.
     """
     root = Path(data_dir).expanduser()
     final = root / recipe.name / recipe.version
@@ -76,6 +76,7 @@ def prepare(recipe: Recipe, data_dir: str | os.PathLike[str]) -> Path:
 def _is_there(final: Path) -> bool:
     found = (final / "dataset_info.json").exists()
     if found:
+        require_array_record(final, final.parent.name)
         print(f"{final.parent.name} {final.name} is already in {final.parent.parent}")
     return found
 

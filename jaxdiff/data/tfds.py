@@ -18,6 +18,7 @@ from jaxdiff.errors import InputError, nearest
 
 _NAME = re.compile(r"(\w[\w.+-]*(?:/\w[\w.+-]*)?)(?::(\d+\.\d+\.\d+))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
+_KNOWN = ("digits", "folder", "cifar10", "mnist")  # sets that need no TensorFlow, prepared or not
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # PIL's name for a number of channels
 
 
@@ -36,7 +37,7 @@ def tfds_source(name: str, split: str, data_dir: str | os.PathLike[str] | None) 
     """
     root = default_data_dir() if data_dir is None else Path(data_dir).expanduser()
     directory = _find(name, root)
-    _require_array_record(directory)
+    require_array_record(directory, directory.parent.relative_to(root).as_posix())
     import tensorflow_datasets as tfds
 
     try:
@@ -95,14 +96,15 @@ def _find(name: str, root: Path) -> Path:
         raise InputError(f"{name!r} is not the name of a set: digits, folder, or name[/config][:version] of TFDS")
     path, version = match.groups()
     if not root.is_dir():
-        raise InputError(f"data_dir {root} does not exist; {_how_to_get(path, root)}")
+        near = nearest(path, _KNOWN)
+        raise InputError(f"{name} is not prepared{near}; data_dir {root} does not exist; {_how_to_get(path, root)}")
     versions = _versions(root / path)
     if not versions:
         held = _held(root)
         inner = [other for other in held if other.startswith(f"{path}/")]
         if inner:
             raise InputError(f"{path} has configurations, name one of them: {', '.join(inner)}")
-        near = nearest(path, [*held, "cifar10", "mnist", "digits", "folder"])
+        near = nearest(path, [*held, *_KNOWN])
         listed = ", ".join(held) or "no prepared set"
         raise InputError(f"{name} is not in {root}, which holds {listed}{near}; {_how_to_get(path, root)}")
     if version and version not in versions:
@@ -110,7 +112,7 @@ def _find(name: str, root: Path) -> Path:
     return root / path / (version or versions[-1])
 
 
-def _how_to_get(path: str, root: Path) -> str:
+def _how_to_get(path: str, root: Path | str) -> str:
     if path in ("cifar10", "mnist"):
         return f"to get it: python -m jaxdiff.data.prepare {path} --data_dir={root}"
     return f'to get it: pip install "jaxdiff[tf]" and tfds build {path} --file_format=array_record --data_dir={root}'
@@ -129,7 +131,8 @@ def _held(root: Path) -> list[str]:
     return sorted(found)
 
 
-def _require_array_record(directory: Path) -> None:
+def require_array_record(directory: Path, path: str) -> None:
+    """Raises InputError where the prepared set `path` (name[/config]) in a directory is in another format only."""
     try:
         info = json.loads((directory / "dataset_info.json").read_text())
         formats = [info.get("fileFormat") or "tfrecord", *info.get("alternativeFileFormats", [])]
@@ -137,8 +140,8 @@ def _require_array_record(directory: Path) -> None:
         raise InputError(f"{directory / 'dataset_info.json'} is not readable: {first_line(error)}") from error
     if "array_record" not in formats:
         raise InputError(
-            f"{directory} holds {', '.join(formats)} files, and only array_record can be read: "
-            "prepare the set again with --file_format=array_record in another data_dir"
+            f"{directory} holds {', '.join(formats)} files, and only array_record can be read; "
+            f"{_how_to_get(path, 'ANOTHER_DIR')}, then give that data_dir"
         )
 
 

@@ -1,6 +1,7 @@
 """Networks in Flax linen: the only package that imports flax. Everything else sees `init` and `apply`."""
 
 import dataclasses
+import math
 import sys
 from typing import Any
 
@@ -8,25 +9,52 @@ import flax.linen as nn
 
 from jaxdiff.errors import InputError, nearest
 from jaxdiff.models.unet import LearnedSinusoidal, Sinusoidal, UNet
-from jaxdiff.names import named
+from jaxdiff.names import named, whole
 
 __all__ = ["LearnedSinusoidal", "Sinusoidal", "UNet"]
+
+_TYPES = {f.name: f.type for f in dataclasses.fields(UNet) if f.name not in ("parent", "name")}
+# What a config's `model` group may hold.
+FIELDS = ("name", *_TYPES)
 
 
 def build(config) -> UNet:
     """The network of a config's `model` group: `name`, and its fields; parts are named by their class.
 
-    Raises InputError for an unknown network, field or part.
+    Raises InputError for an unknown network, field or part, or a number that no network can have.
     """
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in dict(config).items() if k != "name"}
-    known = {f.name: f.type for f in dataclasses.fields(UNet) if f.name not in ("parent", "name")}
     if config.name != "UNet":
         raise InputError(f"model.name={config.name!r} is unknown{nearest(config.name, ['UNet'])}; allowed: UNet")
     if fields.get("dtype", "float32") not in ("float32", "bfloat16", "float16"):
         raise InputError(f"model.dtype={fields['dtype']!r} is unknown; allowed: float32, bfloat16, float16")
     for key, value in fields.items():
-        if key not in known:
-            raise InputError(f"model.{key} is unknown{nearest(key, known)}; allowed: {', '.join(known)}")
-        if known[key] == type[nn.Module]:
+        if key not in _TYPES:
+            raise InputError(f"model.{key} is unknown{nearest(key, _TYPES)}; allowed: {', '.join(_TYPES)}")
+        if _TYPES[key] == type[nn.Module]:
             fields[key] = named(sys.modules[__name__], value, f"model.{key}")
-    return UNet(**fields)
+    model = UNet(**fields)
+    _check(model)
+    return model
+
+
+def _check(model: UNet) -> None:
+    """Raises InputError for a number that would fail inside the network, or be passed over there without a word."""
+    for key, least in (("channels", 1), ("blocks", 1), ("heads", 1), ("classes", 0)):
+        if not whole(getattr(model, key), least):
+            raise InputError(f"model.{key}={getattr(model, key)!r} is out of range; it is a whole number, at least {least}")
+    if not isinstance(model.dropout, int | float) or not 0 <= model.dropout < 1:
+        raise InputError(f"model.dropout={model.dropout!r} is out of range; it is at least 0 and below 1")
+    levels, attention = model.multipliers, model.attention
+    if not isinstance(levels, tuple) or not levels or not all(whole(m, 1) for m in levels):
+        raise InputError(f"model.multipliers={levels!r} is out of range; it has one whole number a level, each at least 1")
+    if not isinstance(attention, tuple) or not all(whole(a, 0) and a < len(levels) for a in attention):
+        raise InputError(
+            f"model.attention={attention!r} names a level that is not there; allowed: "
+            f"{', '.join(str(level) for level in range(len(levels)))} (levels of model.multipliers, 0 is full size; not sizes)"
+        )
+    # The middle, at the last level, has attention too.
+    common = math.gcd(*(model.channels * levels[level] for level in (*attention, len(levels) - 1)))
+    if common % model.heads:
+        divisors = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+        raise InputError(f"model.heads={model.heads} does not divide the channels where attention is; allowed: {divisors}")

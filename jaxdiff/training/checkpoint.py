@@ -1,91 +1,272 @@
 """Checkpoints with Orbax: `state`, `ema` and `meta` (the step and the whole config) apart, so that sampling reads the EMA alone.
 
-Orbax writes a checkpoint under another name and renames it when it is complete, so a killed save leaves the one before.
+Orbax writes in the background, under another name, and renames what is complete. Just before that the digests of all files of
+all items go into it, and afterwards a seal, the digests of the few files at its top. A checkpoint without digests is
+half-written, one that does not match them is damaged, and neither is ever loaded.
 """
 
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 
-from jaxdiff.errors import InputError
+from jaxdiff.errors import InputError, RunError
+from jaxdiff.training import mesh as meshes
 from jaxdiff.training.state import TrainState
 
 FOLDER = "checkpoints"
+SNAPSHOTS = "averages"
+DAMAGED = "damaged"
+DIGESTS = "digests.json"
+SEAL = "seal.json"
 
 
-def manager(workdir: str | Path, keep: int = 3):
-    """Orbax's manager of a workdir's checkpoints, which keeps the newest `keep`; close it, or use it in a `with`."""
+class Checkpoints(NamedTuple):
+    """A workdir's checkpoints as they are written: Orbax's manager, which step was last begun, and what each one holds."""
+
+    manager: Any
+    begun: list[int]
+    items: tuple[str, ...]
+
+
+def place(workdir: str | Path | epath.Path) -> epath.Path:
+    """The workdir as a path that may also be gs://BUCKET/..."""
+    return epath.Path(workdir) if "://" in str(workdir) else epath.Path(Path(workdir).absolute())
+
+
+def manager(workdir, keep: int = 3, keep_every: int = 0) -> contextlib.AbstractContextManager[Checkpoints]:
+    """A workdir's checkpoints opened for writing, in a `with`: the newest `keep` stay, and every `keep_every`-th step (0: none).
+
+    Its end waits for the save under way. Only the one process that trains may open them: what it finds unfinished, it removes.
+    """
+    return _open(place(workdir) / FOLDER, keep, keep_every, ("state", "ema", "meta"))
+
+
+def snapshots(workdir) -> contextlib.AbstractContextManager[Checkpoints]:
+    """A workdir's snapshots of averages opened for writing, in a `with`; all stay."""
+    return _open(place(workdir) / SNAPSHOTS, None, 0, ("ema", "meta"))
+
+
+def snapshot_steps(workdir) -> list[int]:
+    """The steps of the good snapshots, newest first."""
+    folder = place(workdir) / SNAPSHOTS
+    return [step for step in steps(folder) if damage(folder / str(step), ("ema", "meta")) is None]
+
+
+def forget_later(workdir, step: int) -> None:
+    """Removes snapshots of steps that are about to be trained again, and those that are not whole."""
+    folder = place(workdir) / SNAPSHOTS
+    for number in set(steps(folder)) if meshes.first_process() else ():
+        if number > step or damage(folder / str(number), ("ema", "meta")) is not None:
+            (folder / str(number)).rmtree()
+
+
+@contextlib.contextmanager
+def _open(directory: epath.Path, keep: int | None, keep_every: int, items: tuple[str, ...]) -> Iterator[Checkpoints]:
     import orbax.checkpoint as ocp  # slow to import, and sampling from parameters at hand does not need it
 
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
-    return ocp.CheckpointManager(Path(workdir).absolute() / FOLDER, options=options, item_names=("state", "ema", "meta"))
+    begun: list[int] = []
 
+    def digest() -> None:
+        # Orbax calls this when all files of all processes are written, before it renames the folder.
+        for unfinished in directory.glob(f"{begun[-1]}.*") if meshes.first_process() else ():
+            _write_digests(unfinished, DIGESTS, [name for name in _files(unfinished) if "/" in name])
 
-def save(checkpoints, state: TrainState, config: ConfigDict) -> None:
-    """Begins to save the state as its step's checkpoint; the write goes on in the background."""
-    import orbax.checkpoint as ocp
-
-    args = ocp.args.Composite(
-        state=ocp.args.StandardSave(_without_ema(state)),
-        ema=ocp.args.StandardSave(state.ema),
-        meta=ocp.args.JsonSave({"step": int(state.step), "config": plain(config)}),
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep,
+        keep_period=keep_every or None,
+        create=True,
+        cleanup_tmp_directories=True,
+        async_options=ocp.AsyncOptions(post_finalization_callback=digest),
     )
-    if not checkpoints.save(int(state.step), args=args, force=True):
-        raise RuntimeError(f"the checkpoint of step {int(state.step)} was not saved")
+    checkpoints = Checkpoints(ocp.CheckpointManager(directory, options=options, item_names=items), begun, items)
+    try:
+        yield checkpoints
+        finish(checkpoints)
+    finally:
+        # Where something else went wrong, that is what is told; a save under way is still finished.
+        with contextlib.suppress(RunError):
+            finish(checkpoints)
+        with contextlib.suppress(Exception):
+            checkpoints.manager.close()
 
 
-def newest(workdir: str | Path) -> int | None:
-    """The newest finished checkpoint's step, None where there is none; looks at names only."""
-    folder = Path(workdir) / FOLDER
-    steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
-    return max(steps, default=None)
+def save(checkpoints: Checkpoints, state: TrainState, config: ConfigDict) -> None:
+    """Begins to save the state as its step's checkpoint; the write goes on in the background.
 
-
-def restore(checkpoints, shapes: TrainState, shardings: TrainState) -> TrainState:
-    """The newest state, with these shapes, dtypes and shardings; without shardings another topology could not read it.
-
-    Raises InputError where the files are damaged or hold other shapes.
+    Raises RunError where this save, or the one before, could not be written.
     """
     import orbax.checkpoint as ocp
 
-    step = checkpoints.latest_step()
-    abstract = jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes, shardings)
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(_without_ema(abstract)), ema=ocp.args.StandardRestore(abstract.ema))
-    items = _guarded(checkpoints.directory, step, lambda: checkpoints.restore(step, args=args))
-    return items.state._replace(ema=items.ema)
+    items = {"state": ocp.args.StandardSave(state._replace(ema={})), "ema": ocp.args.StandardSave(state.ema)}
+    _save(checkpoints, int(state.step), items, config)
 
 
-def restore_meta(workdir: str | Path) -> tuple[int, ConfigDict]:
-    """The newest checkpoint's step and config. Raises InputError where there is none, or it is damaged."""
-    import json
-
-    workdir = Path(workdir)
-    if not workdir.is_dir():
-        raise InputError(f"workdir {workdir} is not there")
-    step = newest(workdir)
-    if step is None:
-        raise InputError(f"{workdir} holds no checkpoint ({workdir / FOLDER} is empty or missing); train one there first")
-    folder = workdir / FOLDER
-    meta = _guarded(folder, step, lambda: json.loads((folder / str(step) / "meta" / "metadata").read_text()))
-    return step, _guarded(folder, step, lambda: ConfigDict(_tuples(meta["config"])))
-
-
-def restore_ema(workdir: str | Path, abstract: dict[str, Any]) -> dict[str, Any]:
-    """The newest checkpoint's averaged parameters by decay, alone. Raises InputError where they are damaged."""
+def save_snapshot(checkpoints: Checkpoints, step: int, ema: dict[str, Any], config: ConfigDict) -> None:
+    """Begins to save averages alone, for reconstructing others from them later."""
     import orbax.checkpoint as ocp
 
-    step = newest(workdir)
-    with manager(workdir) as checkpoints:
-        args = ocp.args.Composite(ema=ocp.args.StandardRestore(abstract))
-        return _guarded(checkpoints.directory, step, lambda: checkpoints.restore(step, args=args)).ema
+    _save(checkpoints, step, {"ema": ocp.args.StandardSave(ema)}, config)
+
+
+def _save(checkpoints: Checkpoints, step: int, items: dict[str, Any], config: ConfigDict) -> None:
+    import orbax.checkpoint as ocp
+
+    finish(checkpoints)  # the one before: its digests are written before this one begins
+    meta = ocp.args.JsonSave({"step": step, "config": plain(config)})
+    checkpoints.begun.append(step)
+    try:
+        saved = checkpoints.manager.save(step, args=ocp.args.Composite(meta=meta, **items), force=True)
+    except Exception as error:
+        raise _unwritten(checkpoints, error) from error
+    if not saved:
+        raise RunError(f"checkpoint {checkpoints.manager.directory}/{step} was not saved: there is one already")
+
+
+def finish(checkpoints: Checkpoints) -> None:
+    """Waits for the save under way. Raises RunError where it could not be written, a full disk for instance."""
+    try:
+        checkpoints.manager.wait_until_finished()
+        checkpoints.manager.check_for_errors()
+        finished = checkpoints.manager.directory / str(checkpoints.begun[-1]) if checkpoints.begun else None
+        if finished and meshes.first_process() and finished.exists() and not (finished / SEAL).exists():
+            _write_digests(finished, SEAL, [name for name in _files(finished) if "/" not in name])
+    except Exception as error:
+        raise _unwritten(checkpoints, error) from error
+
+
+def _unwritten(checkpoints: Checkpoints, error: Exception) -> RunError:
+    folder = checkpoints.manager.directory
+    good = next((s for s in steps(folder) if damage(folder / str(s), checkpoints.items) is None), None)
+    last = "there is no earlier one" if good is None else f"the last good one is step {good}"
+    return RunError(f"checkpoint {folder}/{checkpoints.begun[-1]} could not be written ({_brief(error)}); {last}")
+
+
+def steps(folder: epath.Path) -> list[int]:
+    """The steps of the finished checkpoints in a folder, newest first; looks at names only."""
+    return sorted((int(p.name) for p in folder.iterdir() if p.name.isdigit()), reverse=True) if folder.is_dir() else []
+
+
+def newest(workdir) -> int | None:
+    """The newest finished checkpoint's step, good or not, None where there is none; looks at names only."""
+    return next(iter(steps(place(workdir) / FOLDER)), None)
+
+
+def damage(checkpoint: epath.Path, items: tuple[str, ...] = ("state", "ema", "meta")) -> str | None:
+    """What is wrong with these items of a checkpoint, None where every file has the digest it was written with."""
+    if not (checkpoint / DIGESTS).exists():
+        return f"half-written: {DIGESTS} is missing"
+    try:
+        want = {name: value for name, value in _digests(checkpoint, DIGESTS).items() if name.split("/")[0] in items}
+        sealed = _digests(checkpoint, SEAL) if (checkpoint / SEAL).exists() else {}
+        have = {name for name in _files(checkpoint) if name.split("/")[0] in items or name in sealed}
+        odd = sorted((want | sealed).keys() ^ have) + [item for item in items if not any(n.startswith(item + "/") for n in want)]
+        if odd:
+            return f"{odd[0]} is missing, or was added later"
+        for name, digest in (want | sealed).items():
+            if _digest(checkpoint / name) != digest:
+                return f"{name} is not as it was written"
+    except (OSError, ValueError, AttributeError) as error:
+        return _brief(error)
+    return None
+
+
+def newest_good(workdir, items: tuple[str, ...] = ("state", "ema", "meta")) -> tuple[int | None, dict[int, str]]:
+    """The newest checkpoint without damage, None where there is none, and what is wrong with each one passed over."""
+    folder = place(workdir) / FOLDER
+    bad: dict[int, str] = {}
+    for step in steps(folder):
+        problem = damage(folder / str(step), items)
+        if problem is None:
+            return step, bad
+        bad[step] = problem
+    return None, bad
+
+
+def recover(workdir, report: Callable[[str], None]) -> int | None:
+    """The step to go on from. Checkpoints with damage are reported and moved to `damaged/`, so that training can write them again.
+
+    Raises InputError where there are finished checkpoints and every one is damaged.
+    """
+    step, bad = newest_good(workdir)
+    folder, aside = place(workdir) / FOLDER, place(workdir) / DAMAGED
+    if step is None and any(not problem.startswith("half-written") for problem in bad.values()):
+        raise InputError(_all_damaged(workdir, bad))
+    for number, problem in bad.items():
+        aside.mkdir(parents=True, exist_ok=True)
+        free = next(aside / name for name in _names(number) if not (aside / name).exists())
+        (folder / str(number)).rename(free)
+        instead = "there is none before it" if step is None else f"going back to step {step}"
+        report(f"checkpoint of step {number} is damaged ({problem}), moved to {free}; {instead}")
+    return step
+
+
+def _names(number: int):
+    yield str(number)
+    for i in range(1, 1000):
+        yield f"{number}-{i}"
+
+
+def restore(workdir, step: int, shapes: TrainState, shardings: TrainState) -> TrainState:
+    """The state of that step, with these shapes, dtypes and shardings, on whatever devices these name.
+
+    Raises InputError where the files hold other shapes.
+    """
+    abstract = jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes, shardings)
+    folder = place(workdir) / FOLDER / str(step)
+    state = _restore(folder / "state", abstract._replace(ema={}))
+    return state._replace(ema=_restore(folder / "ema", abstract.ema))
+
+
+def restore_ema(workdir, step: int, abstract: dict[str, Any], folder: str = FOLDER) -> dict[str, Any]:
+    """The averaged parameters of that step by name, alone. Raises InputError where they have other shapes."""
+    return _restore(place(workdir) / folder / str(step) / "ema", abstract)
+
+
+def _restore(item: epath.Path, abstract: Any) -> Any:
+    import orbax.checkpoint as ocp
+
+    try:
+        with ocp.StandardCheckpointer() as reader:
+            return reader.restore(item, abstract)
+    except Exception as error:  # Orbax and TensorStore each raise their own kinds; to the user they are one thing
+        raise InputError(f"checkpoint {item.parent} is of another model or optimizer ({_brief(error)})") from error
+
+
+def restore_meta(
+    workdir, step: int | None = None, items: tuple[str, ...] = ("ema", "meta")
+) -> tuple[int, ConfigDict, dict[int, str]]:
+    """The step and config of a checkpoint (the newest good one), and what is wrong with the newer ones that were passed over.
+
+    Raises InputError where there is none, or every one is damaged.
+    """
+    folder = place(workdir) / FOLDER
+    bad: dict[int, str] = {}
+    if not place(workdir).is_dir():
+        raise InputError(f"workdir {workdir} is not there")
+    if step is None:
+        step, bad = newest_good(workdir, items)
+    if step is None:
+        if bad:
+            raise InputError(_all_damaged(workdir, bad))
+        raise InputError(f"{workdir} holds no checkpoint ({folder} is empty or missing); train one there first")
+    meta = json.loads((folder / str(step) / "meta" / "metadata").read_text())
+    return step, ConfigDict(_tuples(meta["config"])), bad
+
+
+def _all_damaged(workdir, bad: dict[int, str]) -> str:
+    newest = max(bad)
+    return f"no good checkpoint in {place(workdir) / FOLDER}: {newest} is damaged ({bad[newest]}), as are all {len(bad)} there"
 
 
 def plain(config: ConfigDict) -> dict[str, Any]:
     """The config as JSON has it: dicts, lists, numbers and strings."""
-    import json
-
     return json.loads(config.to_json())
 
 
@@ -95,16 +276,39 @@ def _tuples(tree: Any) -> Any:
     return tuple(_tuples(v) for v in tree) if isinstance(tree, list) else tree
 
 
-def _without_ema(state: TrainState) -> TrainState:
-    return state._replace(ema={})
+def _write_digests(checkpoint: epath.Path, file: str, names: list[str]) -> None:
+    """Writes the digests of these files, under another name first: they are there whole or not at all."""
+    partial = checkpoint / (file + ".partial")
+    # No spaces: a flipped bit anywhere in it must show.
+    partial.write_text(json.dumps({name: _digest(checkpoint / name) for name in names}, separators=(",", ":")))
+    partial.rename(checkpoint / file)
 
 
-def _guarded(folder: Any, step: int | None, read) -> Any:
-    # Orbax, TensorStore and JSON each raise their own kinds for a damaged file; to the user they are one thing.
+def _digests(checkpoint: epath.Path, file: str) -> dict[str, str]:
     try:
-        return read()
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(
-            f"checkpoint {folder}/{step} is damaged or of another model; delete that folder to use the one before ({reason})"
-        ) from error
+        return dict(json.loads((checkpoint / file).read_text()).items())
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} cannot be read") from error
+
+
+def _files(checkpoint: epath.Path) -> list[str]:
+    found, folders = [], [checkpoint]
+    while folders:
+        for path in folders.pop().iterdir():
+            if path.is_dir():
+                folders.append(path)
+            elif not path.name.startswith(SEAL) and not path.name.endswith(".partial"):
+                found.append(str(path.relative_to(checkpoint)))
+    return sorted(found)
+
+
+def _digest(path: epath.Path) -> str:
+    seen = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            seen.update(chunk)
+    return seen.hexdigest()
+
+
+def _brief(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

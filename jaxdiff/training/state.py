@@ -5,18 +5,23 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxdiff.errors import InputError
 from jaxdiff.experiment import Experiment
 from jaxdiff.names import named, with_arguments
+from jaxdiff.training import averages
 
 Array = jax.Array
 Step = Callable[[Array, "TrainState", dict[str, Array]], tuple["TrainState", dict[str, Array]]]
 
+# The loss is told apart by noise level: bins of logsnr 2 wide, the first and the last open.
+LOGSNR_EDGES = np.arange(-12.0, 13.0, 2.0)
+
 
 class TrainState(NamedTuple):
-    """All that training carries from step to step; `ema` maps each decay, written as a string, to averaged parameters."""
+    """All that training carries from step to step; `ema` maps each average's name to averaged parameters."""
 
     step: Array
     params: Any
@@ -32,7 +37,13 @@ def make_optimizer(config) -> optax.GradientTransformation:
     """
     if not config.learning_rate > 0:
         raise InputError(f"optimizer.learning_rate={config.learning_rate} is not positive")
+    if not config.clip >= 0:
+        raise InputError(f"optimizer.clip={config.clip} is negative; 0 is no clip")
     factor = named(optax, config.schedule, "optimizer.schedule")
+    try:
+        float(factor(0))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"optimizer.schedule={config.schedule!r} needs brackets, such as constant_schedule(1)") from error
 
     def learning_rate(step):
         return config.learning_rate * factor(step)
@@ -40,39 +51,87 @@ def make_optimizer(config) -> optax.GradientTransformation:
     update = with_arguments(optax, config.name, "optimizer.name")(learning_rate=learning_rate)
     if not isinstance(update, optax.GradientTransformation):
         raise InputError(f"optimizer.name={config.name!r} is not an optimizer")
-    return optax.chain(optax.clip_by_global_norm(config.clip), update) if config.clip else update
+    # Without a clip the state has the same shape, so that a run may go on with another one.
+    return optax.chain(optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(), update)
 
 
-def init_state(experiment: Experiment, optimizer: optax.GradientTransformation, decays: Sequence[float], key: Array) -> TrainState:
-    """The state before the first step; every average starts at the parameters."""
+def init_state(
+    experiment: Experiment, optimizer: optax.GradientTransformation, names: Sequence[float | str], key: Array
+) -> TrainState:
+    """The state before the first step; every average (`averages.named`) starts at the parameters."""
     params = experiment.init(key)
     # Copies: the step donates its state, and a buffer may be donated only once.
-    ema = {str(decay): jax.tree.map(jnp.copy, params) for decay in decays}
+    ema = {str(name): jax.tree.map(jnp.copy, params) for name in names}
     return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), experiment.extra)
 
 
-def make_step(experiment: Experiment, optimizer: optax.GradientTransformation) -> Step:
-    """The function (key, state, batch) -> (state, {"loss", "grad_norm"}), DDPM algorithm 1 with an optax update.
+def make_step(experiment: Experiment, optimizer: optax.GradientTransformation, accumulate: int = 1) -> Step:
+    """The function (key, state, batch) -> (state, metrics): DDPM algorithm 1 with an optax update.
 
-    The step folds its number into the one key, so a resumed run draws what the uninterrupted one would have drawn. An average
-    with decay d uses min(d, (1 + step) / (10 + step)), so that it forgets the random start soon.
+    `accumulate` cuts the batch into that many pieces, whose gradients are averaged before the one update. The step folds its
+    number into the one key, so a resumed run draws what the uninterrupted one would have drawn. A step whose loss, gradient or
+    update is not finite leaves everything but the step's number as it was.
+
+    Metrics: "loss", "grad_norm", "finite" (bool), the experiment's own, the sums and counts of the loss by noise level
+    ("level_loss", "level_count", one a bin of LOGSNR_EDGES), and "worst_logsnr", where the loss is largest or not finite.
     """
 
-    def step(key: Array, state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
-        def mean_loss(params):
-            each, extra, metrics = experiment.loss(params, state.extra, jax.random.fold_in(key, state.step), batch)
-            return each.mean(), (extra, metrics)
+    def mean_loss(params, extra, key, example):
+        each, extra, metrics = experiment.loss(params, extra, key, example)
+        return each.mean(), (each, extra, metrics)
 
-        (loss, (extra, metrics)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+    gradient = jax.value_and_grad(mean_loss, has_aux=True)
+
+    def accumulated(params, extra, key, example):
+        if accumulate == 1:
+            return gradient(params, extra, key, example)
+
+        def piece(carry, inputs):
+            total, extra = carry
+            (_, (each, extra, metrics)), grads = gradient(params, extra, jax.random.fold_in(key, inputs[0]), inputs[1])
+            return (jax.tree.map(jnp.add, total, grads), extra), (each, metrics)
+
+        # Every accumulate-th example to one piece: each device cuts up what it has, and nothing moves between devices.
+        pieces = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, accumulate, *a.shape[1:]), 1, 0), example)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        (total, extra), (each, metrics) = jax.lax.scan(piece, (zeros, extra), (jnp.arange(accumulate), pieces))
+        metrics = jax.tree.map(lambda a: a.reshape(-1) if a.ndim == 2 else a.mean(), metrics)
+        each = each.reshape(-1)
+        return (each.mean(), (each, extra, metrics)), jax.tree.map(lambda g: g / accumulate, total)
+
+    def step(key: Array, state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
+        k_prepare, k_loss = jax.random.split(jax.random.fold_in(key, state.step))
+        example = experiment.prepare(state.extra, k_prepare, batch)
+        (loss, (each, extra, metrics)), grads = accumulated(state.params, state.extra, k_loss, example)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        warm = (1 + state.step) / (10 + state.step)
-        ema = {
-            decay: optax.incremental_update(params, average, 1 - jnp.minimum(float(decay), warm))
-            for decay, average in state.ema.items()
-        }
-        norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
-        metrics = {"loss": loss, "grad_norm": norm, **metrics}
-        return TrainState(state.step + 1, params, ema, opt_state, extra), metrics
+        ema = {name: _average(name, state.step, average, params) for name, average in state.ema.items()}
+        grad_norm = _norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(_norm(updates))
+        after = TrainState(state.step, params, ema, opt_state, extra)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
+        means = {name: value.mean() for name, value in metrics.items() if name != "logsnr"}
+        told = {"loss": loss, "grad_norm": grad_norm, "finite": finite, **means, **_by_level(each, metrics["logsnr"])}
+        return kept._replace(step=state.step + 1), told
 
     return step
+
+
+def ema_distance(state: TrainState, name: str) -> Array:
+    """How far the parameters are from their average `name`, as a share of the average's own norm, []."""
+    return _norm(jax.tree.map(jnp.subtract, state.params, state.ema[name])) / _norm(state.ema[name])
+
+
+def _norm(tree: Any) -> Array:
+    return jnp.sqrt(sum(jnp.sum(jnp.square(a)) for a in jax.tree.leaves(tree)))
+
+
+def _average(name: str, step: Array, average: Any, params: Any) -> Any:
+    return optax.incremental_update(params, average, 1 - averages.named(name)(step))
+
+
+def _by_level(each: Array, logsnr: Array) -> dict[str, Array]:
+    """The loss in bins of logsnr, and the level where it is worst."""
+    bins = jax.nn.one_hot(jnp.searchsorted(jnp.asarray(LOGSNR_EDGES, logsnr.dtype), logsnr), len(LOGSNR_EDGES) + 1)
+    worst = jnp.argmax(jnp.where(jnp.isfinite(each), each, jnp.inf))
+    return {"level_loss": jnp.where(bins > 0, each[:, None], 0).sum(0), "level_count": bins.sum(0), "worst_logsnr": logsnr[worst]}

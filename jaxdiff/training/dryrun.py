@@ -1,0 +1,89 @@
+"""What a run needs and takes, told before it is started: train.py --dry_run."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdiff.training import hardware
+
+
+def report(config, mesh, step, key, shapes, shardings, batch, say: Callable[[str], None]) -> None:
+    """Says parameters by block, GFLOP an image, memory a device by the compiler's own analysis, whether it fits, and the time.
+
+    `step` is the jitted train step, `shapes` and `shardings` those of its state, `batch` a real batch on the mesh.
+    """
+    say(blocks(shapes.params))
+    device = mesh.devices.flat[0]
+    say(f"\nmesh: {dict(mesh.shape)}, {mesh.size} x {device.device_kind}; batch {config.batch_size}, "
+        f"{config.batch_size // mesh.size} a device, in {config.training.accumulate} piece(s)")  # fmt: skip
+    say("compiling the train step ...")
+    state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
+    lowered = step.lower(key, state, batch)
+    flops = hardware.step_flops(lowered, config.training.accumulate)
+    compiled = lowered.compile()
+    say(f"training: {flops / config.batch_size / 1e9:.3g} GFLOP an image, {flops / 1e9:.4g} a step")
+
+    memory, limit = needs(compiled, state), hardware.memory(device)
+    for name, size in memory.items():
+        say(f"{name:>32}: {size / 2**20:10,.1f} MiB a device")
+    fits = memory["total"] <= limit
+    say(f"{'the device has':>32}: {limit / 2**20:10,.1f} MiB: it {'fits' if fits else 'DOES NOT FIT'}")
+    if not fits:
+        say("what helps: config.training.accumulate, config.model.remat=True, config.model.dtype=bfloat16, "
+            "config.training.mesh with a larger second number, a smaller config.batch_size")  # fmt: skip
+        return
+    seconds = pace(compiled, key, shapes, shardings, batch)
+    total = seconds * config.steps
+    say(f"time: {seconds:.3g} s a step, {config.batch_size / seconds:,.1f} images/s, "
+        f"{_duration(total)} for {config.steps:,} steps (without sampling and saving)")  # fmt: skip
+    peak = hardware.peak_flops(device)
+    if peak:
+        say(f"MFU: {flops / seconds / (peak * mesh.size):.1%} of {peak / 1e12:g} TFLOP/s a device in bfloat16")
+
+
+def blocks(params: Any) -> str:
+    """A table of the parameters by block: name, arrays, numbers, share."""
+    params = params.get("params", params)
+    rows = [(name, jax.tree.leaves(block)) for name, block in params.items()]
+    counts = {name: sum(int(np.prod(a.shape)) for a in leaves) for name, leaves in rows}
+    total = sum(counts.values())
+    lines = [f"{name:<20} {len(leaves):>4} arrays {counts[name]:>14,} {counts[name] / total:>7.1%}" for name, leaves in rows]
+    return "\n".join([*lines, f"{'all':<20} {sum(len(a) for _, a in rows):>4} arrays {total:>14,} {1:>7.1%}"])
+
+
+def state_bytes(state: Any) -> int:
+    """The bytes of a state on one device; `state` holds shapes with shardings, or arrays."""
+    return sum(int(np.prod(a.sharding.shard_shape(a.shape))) * a.dtype.itemsize for a in jax.tree.leaves(state))
+
+
+def needs(compiled: Any, state: Any) -> dict[str, int]:
+    """Bytes a device: of the state, of what the step computes with besides (activations, gradients), and in all."""
+    analysis = compiled.memory_analysis()
+    held = state_bytes(state)
+    # What is donated is counted once; outputs that reuse it cost nothing more.
+    outputs = max(analysis.output_size_in_bytes - analysis.alias_size_in_bytes, 0)
+    total = analysis.argument_size_in_bytes + outputs + analysis.temp_size_in_bytes
+    return {"state": held, "activations and gradients": analysis.temp_size_in_bytes, "total": max(total, held)}
+
+
+def pace(compiled: Any, key, shapes, shardings, batch, repeats: int = 3) -> float:
+    """Seconds a step, the median of a few on a state of zeros."""
+    zeros = jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes), out_shardings=shardings)
+    state, taken = zeros(), []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        state, _ = compiled(key, state, batch)
+        jax.block_until_ready(state)
+        taken.append(time.perf_counter() - start)
+    return float(np.median(taken[1:]))
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"

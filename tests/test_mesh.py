@@ -1,0 +1,101 @@
+"""The same training on other meshes and in several processes, on fake CPU devices."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxdiff.errors import InputError
+from jaxdiff.training import mesh as meshes
+
+HERE = Path(__file__).parent
+
+
+def start(shape, devices, *processes):
+    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    env["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE), env.get("PYTHONPATH", "")])
+    args = [sys.executable, str(HERE / "meshes.py"), json.dumps(shape), *map(str, processes)]
+    return subprocess.Popen(args, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def result(process):
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err[-3000:]
+    return json.loads(out.splitlines()[-1])
+
+
+def same(a, b):
+    np.testing.assert_allclose(a["losses"], b["losses"], rtol=1e-5)
+    np.testing.assert_allclose(a["params"], b["params"], rtol=1e-5)
+    # A pixel may be rounded the other way.
+    assert np.abs(np.array(a["images"]) - np.array(b["images"])).max() <= 1
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return result(start((1, 1), 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(8, 1), (1, 8), (2, 4)])
+def test_twenty_steps_are_the_same_on_every_mesh_and_the_state_shrinks_with_fsdp(shape, alone):
+    many = result(start(shape, 8))
+    same(many, alone)
+    ratio = many["bytes"] / alone["bytes"]
+    # What stays whole is small: biases and norms.
+    assert 1 / shape[1] <= ratio < 1 / shape[1] + 0.05
+
+
+@pytest.mark.slow
+def test_two_processes_of_two_devices_are_one_process_of_four(alone):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pair = [start((2, 2), 2, port, 2, i) for i in range(2)]
+    first, second = (result(process) for process in pair)
+    assert first == second
+    same(first, alone)
+    one = result(start((2, 2), 4))
+    assert first["losses"] == one["losses"] and first["images"] == one["images"] and first["bytes"] == one["bytes"]
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (-1, -1), (0, 1), (1,), (-1, 3)])
+def test_a_mesh_that_does_not_fit_is_one_line(shape):
+    with pytest.raises(InputError, match=r"config\.training\.mesh=.* does not fit 1 device"):
+        meshes.make_mesh(shape)
+
+
+def test_the_rest_of_the_devices_go_where_minus_one_stands():
+    assert dict(meshes.make_mesh((-1, 1)).shape) == dict(meshes.make_mesh((1, -1)).shape) == {"data": 1, "fsdp": 1}
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (("host:1", 2, None), "--process is missing"),
+        ((None, 2, 0), "--coordinator is missing"),
+        (("host:1", 2, 2), "--process=2 is out of range; allowed: 0 to 1"),
+    ],
+)
+def test_half_given_processes_are_one_line(given, said):
+    with pytest.raises(InputError, match=said):
+        meshes.connect(*given)
+
+
+def test_alone_there_is_nothing_to_connect(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(("SLURM", "OMPI", "TPU", "MEGASCALE")):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: pytest.fail("connected"))
+    meshes.connect(None, None, None)
+    called = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: called.append(args))
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    meshes.connect(None, None, None)
+    assert called == [(None, None, None)]
