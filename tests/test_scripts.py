@@ -8,9 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
+
+from jaxdiff.training import checkpoint
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,6 +82,66 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     stopped = int(out.split("at step ")[1].split(",")[0])
     again = script("train.py", *TINY, f"--config.steps={stopped + 2}", f"--workdir={tmp_path}")
     assert again.returncode == 0 and f"going on from step {stopped}" in again.stdout
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path):
+    args = [*TINY, "--config.steps=60", "--config.training.save_every=3", "--config.training.sample_every=1000"]
+    assert script("train.py", *args, f"--workdir={tmp_path}/whole").returncode == 0
+    random = np.random.default_rng(0)
+    for first in (1, 20):  # killed as soon as there is a checkpoint of this step or a later one, perhaps within the next save
+        process = subprocess.Popen(
+            [sys.executable, "train.py", *args, f"--workdir={tmp_path}/killed"],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while process.poll() is None and (checkpoint.newest(tmp_path / "killed") or 0) < first:
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.2))
+        process.kill()
+        process.wait()
+    last = script("train.py", *args, f"--workdir={tmp_path}/killed")
+    assert last.returncode == 0 and "going on from step" in last.stdout, last.stderr
+    a, b = (saved_arrays(tmp_path / name, 60) for name in ("whole", "killed"))
+    assert a.keys() == b.keys() and len(a) > 30
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def saved_arrays(workdir, step):
+    import orbax.checkpoint as ocp
+
+    folder = workdir / "checkpoints" / str(step)
+    trees = {item: ocp.StandardCheckpointer().restore(folder / item) for item in ("state", "ema")}
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(trees)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["stop", "skip"])
+def test_a_nan_stops_the_run_or_is_skipped_and_nothing_bad_is_saved(mode, tmp_path):
+    done = script("tests/injected.py", "7", mode, str(tmp_path))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    if mode == "stop":
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        said = done.stderr.replace("\r", "\n").splitlines()[-1]
+        assert "step 7 is not finite: loss nan" in said and "worst at logsnr" in said and "nothing is saved after step 5" in said
+        assert checkpoint.newest_good(tmp_path) == (5, {}) and [row["step"] for row in rows] == [5]
+    else:
+        assert done.returncode == 0, done.stderr
+        assert checkpoint.newest_good(tmp_path) == (14, {})
+        assert [row.get("skipped") for row in rows] == [None, 1, None]
+    newest = checkpoint.newest(tmp_path)
+    assert all(np.isfinite(a).all() for a in saved_arrays(tmp_path, newest).values())
+
+
+@pytest.mark.slow
+def test_the_dry_run_tells_what_the_run_takes_and_leaves_nothing_behind(tmp_path):
+    done = script("train.py", *TINY, "--config.training.mesh=(-1, 1)", "--dry_run", f"--workdir={tmp_path}/w")
+    assert done.returncode == 0, done.stderr
+    for said in ("down0_0_block", "GFLOP an image", "MiB a device", "it fits", "s a step"):
+        assert said in done.stdout
+    assert not (tmp_path / "w").exists()
 
 
 @pytest.mark.slow
