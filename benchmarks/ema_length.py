@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--workdir", default="runs/ema")
     parser.add_argument("--num", type=int, default=500)
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--out", default="docs/ema_length.png")
+    parser.add_argument("--out", default="docs/images/ema_length.png")
     args = parser.parse_args()
     cli.enable_compile_cache()
 
@@ -48,9 +48,8 @@ def main() -> None:
     def reconstructed(width):
         return posthoc.reconstruct(args.workdir, tracked.config, abstract, f"power({width})", tracked.step, stored)
 
-    print(
-        f"width 0.07 put together from {' and '.join(stored)}: {distance(reconstructed(0.07), tracked.params):.1e} from the tracked one"
-    )
+    off = distance(reconstructed(0.07), tracked.params)
+    print(f"width 0.07 put together from {' and '.join(stored)}: {off:.1e} from the tracked one")
     for name in stored:
         print(f"  {name} itself is {distance(jd.load(args.workdir, name).params, tracked.params):.1e} from it")
 
