@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from jaxdiff.errors import InputError, RunError, nearest
@@ -22,6 +22,8 @@ def run(main: Callable[[], None]) -> None:
     cannot go on with 1."""
     program = Path(sys.argv[0]).name
     warnings.formatwarning = lambda message, *args, **kwargs: f"{program}: {message}\n"
+    # What cannot be written is told in one line; Orbax would log it with a traceback as well.
+    logging.set_verbosity(logging.FATAL)
     try:
         _parse(sys.argv)
         enable_compile_cache()
@@ -32,8 +34,10 @@ def run(main: Callable[[], None]) -> None:
     except (RunError, OSError) as error:
         if not isinstance(error, RunError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
+        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        # At once: threads of libraries that cannot write either would add a traceback each.
+        os._exit(1)
 
 
 def enable_compile_cache() -> None:

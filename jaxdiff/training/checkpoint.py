@@ -8,6 +8,7 @@ half-written, one that does not match them is damaged, and neither is ever loade
 import contextlib
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,14 +87,15 @@ def _open(directory: epath.Path, keep: int | None, keep_every: int, items: tuple
         async_options=ocp.AsyncOptions(post_finalization_callback=digest),
     )
     checkpoints = Checkpoints(ocp.CheckpointManager(directory, options=options, item_names=items), begun, items)
+    failed = False
     try:
         yield checkpoints
-        finish(checkpoints)
+    except RunError as error:
+        failed = error.__cause__ is not None  # a save could not be written; closing would try once more, loudly
+        raise
     finally:
-        # Where something else went wrong, that is what is told; a save under way is still finished.
-        with contextlib.suppress(RunError):
+        if not failed:
             finish(checkpoints)
-        with contextlib.suppress(Exception):
             checkpoints.manager.close()
 
 
@@ -105,28 +107,38 @@ def save(checkpoints: Checkpoints, state: TrainState, config: ConfigDict) -> Non
     import orbax.checkpoint as ocp
 
     items = {"state": ocp.args.StandardSave(state._replace(ema={})), "ema": ocp.args.StandardSave(state.ema)}
-    _save(checkpoints, int(state.step), items, config)
+    _save(checkpoints, int(state.step), items, config, state)
 
 
 def save_snapshot(checkpoints: Checkpoints, step: int, ema: dict[str, Any], config: ConfigDict) -> None:
     """Begins to save averages alone, for reconstructing others from them later."""
     import orbax.checkpoint as ocp
 
-    _save(checkpoints, step, {"ema": ocp.args.StandardSave(ema)}, config)
+    _save(checkpoints, step, {"ema": ocp.args.StandardSave(ema)}, config, ema)
 
 
-def _save(checkpoints: Checkpoints, step: int, items: dict[str, Any], config: ConfigDict) -> None:
+def _save(checkpoints: Checkpoints, step: int, items: dict[str, Any], config: ConfigDict, arrays: Any) -> None:
     import orbax.checkpoint as ocp
 
     finish(checkpoints)  # the one before: its digests are written before this one begins
     meta = ocp.args.JsonSave({"step": step, "config": plain(config)})
     checkpoints.begun.append(step)
+    _room(checkpoints, sum(a.nbytes for a in jax.tree.leaves(arrays)))
     try:
         saved = checkpoints.manager.save(step, args=ocp.args.Composite(meta=meta, **items), force=True)
     except Exception as error:
         raise _unwritten(checkpoints, error) from error
     if not saved:
         raise RunError(f"checkpoint {checkpoints.manager.directory}/{step} was not saved: there is one already")
+
+
+def _room(checkpoints: Checkpoints, needed: int) -> None:
+    """Raises RunError where a local disk has no room: Orbax would find out half-way, array by array."""
+    folder = checkpoints.manager.directory
+    free = shutil.disk_usage(folder).free if jax.process_count() == 1 and "://" not in str(folder) else needed
+    if free < needed:
+        full = OSError(f"no space left on the device, {free / 2**20:,.0f} MiB free of the {needed / 2**20:,.0f} it may take")
+        raise _unwritten(checkpoints, full) from full
 
 
 def finish(checkpoints: Checkpoints) -> None:
@@ -145,7 +157,10 @@ def _unwritten(checkpoints: Checkpoints, error: Exception) -> RunError:
     folder = checkpoints.manager.directory
     good = next((s for s in steps(folder) if damage(folder / str(s), checkpoints.items) is None), None)
     last = "there is no earlier one" if good is None else f"the last good one is step {good}"
-    return RunError(f"checkpoint {folder}/{checkpoints.begun[-1]} could not be written ({_brief(error)}); {last}")
+    reason = (
+        _brief(error) if isinstance(error, OSError) or "no space left" not in str(error).lower() else "no space left on the device"
+    )
+    return RunError(f"checkpoint {folder}/{checkpoints.begun[-1]} could not be written: {reason}; {last}")
 
 
 def steps(folder: epath.Path) -> list[int]:
