@@ -136,6 +136,7 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
         bar = stack.enter_context(
             tqdm(initial=first, total=config.steps, unit="step", dynamic_ncols=True, smoothing=0.05, disable=not first_process)
         )
+        tell = bar.write if first_process else lambda line: None
         pending: collections.deque = collections.deque()
         told: list[dict] = []
         row: dict = {}
@@ -165,12 +166,12 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
 
         for i in range(first, config.steps):
             if profile and i - first in (PROFILED.start, PROFILED.stop):
-                _profile(i - first == PROFILED.start, workdir, state, bar.write)
+                _profile(i - first == PROFILED.start, workdir, state, tell)
             state, values = step(key, state, batch_of(i))
             done = i + 1
             if i == first:
                 jax.block_until_ready(state)
-                bar.write(f"first step done, {time.time() - start:.0f} s after the start")
+                tell(f"first step done, {time.time() - start:.0f} s after the start")
             stopping = _stopping(stop, done)
             last = done == config.steps or stopping
             logs = done % config.training.log_every == 0 or last
@@ -196,7 +197,7 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
                     if row.get("loss_by_logsnr"):
                         _levels(workdir, writer, done, row["loss_by_logsnr"])
                     grids += 1
-                    bar.write(f"step {done}: {num} samples of {steps} steps in {path}, {time.time() - start:.0f} s after the start")
+                    tell(f"step {done}: {num} samples of {steps} steps in {path}, {time.time() - start:.0f} s after the start")
             if last:
                 break
         checkpoint.finish(checkpoints)

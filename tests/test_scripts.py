@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -178,3 +179,41 @@ def test_wrong_input_is_one_line_on_stderr_and_exit_code_2(args, said, tmp_path)
     assert done.returncode == 2
     assert said in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
     assert not (tmp_path / "w" / "checkpoints").exists()
+
+
+def pair(workdir, *more):
+    """train.py in two processes of two fake devices each, on one workdir."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    args = [sys.executable, "train.py", *TINY, "--config.training.mesh=(2, 2)", f"--workdir={workdir}", *more]
+    args += [f"--coordinator=127.0.0.1:{port}", "--processes=2"]
+    return [
+        subprocess.Popen([*args, f"--process={i}"], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_workdir_stop_together_and_go_on(tmp_path):
+    first = pair(tmp_path, "--config.steps=100000")
+    while not (tmp_path / "metrics.jsonl").exists() or not losses(tmp_path):
+        assert all(process.poll() is None for process in first), first[0].communicate()
+        time.sleep(0.2)
+    first[1].send_signal(signal.SIGTERM)  # the platform tells one; both must stop after the same step
+    told = [process.communicate(timeout=200) for process in first]
+    assert [process.returncode for process in first] == [0, 0], told
+    assert "2 process(es)" in told[0][0] and "stopped by" in told[0][0] and "step" not in told[1][0]
+    stopped = checkpoint.newest_good(tmp_path)
+    assert stopped[0] is not None and not stopped[1]
+
+    again = script("train.py", *TINY, f"--config.steps={stopped[0] + 2}", f"--workdir={tmp_path}")
+    assert again.returncode == 0 and f"going on from step {stopped[0]}" in again.stdout, again.stderr
+    rows = losses(tmp_path)
+    assert rows[2] == pytest.approx(rows_alone(tmp_path / "alone")[2], rel=1e-4)
+
+
+def rows_alone(workdir):
+    assert script("train.py", *TINY, "--config.steps=2", f"--workdir={workdir}").returncode == 0
+    return losses(workdir)

@@ -11,7 +11,7 @@ from tiny import config
 
 from jaxdiff import data, experiment, run, training
 from jaxdiff.errors import InputError
-from jaxdiff.training import checkpoint, metrics
+from jaxdiff.training import checkpoint, metrics, posthoc
 
 
 @pytest.fixture(scope="module")
@@ -276,3 +276,47 @@ def test_metrics_of_steps_that_are_trained_again_are_taken_out(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows == [{"step": 2, "loss": 0.2}, {"step": 4, "loss": 0.4}, {"step": 6, "loss": 7.0}]
     assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+@pytest.mark.slow
+def test_snapshots_give_averages_of_widths_that_were_not_kept(tmp_path):
+    names = (0.9, "power(0.05)", "power(0.1)", "power(0.07)")
+    c = config(**{"training.ema": names, "training.snapshot_every": 4})
+    built, optimizer = experiment.build(c), training.make_optimizer(c.optimizer)
+    step, digits = jax.jit(training.make_step(built, optimizer)), data.load("digits")
+    state = jax.jit(lambda key: training.init_state(built, optimizer, names, key))(jax.random.key(0))
+    with checkpoint.manager(tmp_path) as checkpoints, checkpoint.snapshots(tmp_path) as snapshots:
+        for i in range(80):
+            state, _ = step(jax.random.key(1), state, data.batch_at(digits, 0, i, 8))
+            if i % 4 == 3:
+                checkpoint.save_snapshot(snapshots, i + 1, {name: state.ema[name] for name in names[1:]}, c)
+        checkpoint.save(checkpoints, state, c)
+    assert checkpoint.snapshot_steps(tmp_path) == list(range(80, 0, -4))
+
+    tracked = run.load(tmp_path, "power(0.07)")
+    assert equal(tracked.params, state.ema["power(0.07)"])
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), tracked.params)
+    made = posthoc.reconstruct(tmp_path, c, abstract, "power(0.07)", 80, names[1:3])
+
+    def far(a, b):
+        return float(training.state._norm(jax.tree.map(jnp.subtract, a, b)) / training.state._norm(b))
+
+    assert far(made, tracked.params) < 0.01 < min(far(state.ema[str(name)], tracked.params) for name in names[:3])
+    wide = run.load(tmp_path, "power(0.2)")
+    assert 0.01 < far(wide.params, tracked.params) < 1 and wide.generate(jax.random.key(0), 2, steps=2, label=3).shape == (
+        2,
+        8,
+        8,
+        1,
+    )
+    with pytest.raises(InputError, match=r"ema='power\(0.9\)'|std=0.9"):
+        run.load(tmp_path, "power(0.9)")
+    with pytest.raises(InputError, match=r"ema=0.5 was not kept; allowed: 0.9, power\(0.05\)"):
+        run.load(tmp_path, 0.5)
+    checkpoint.forget_later(tmp_path, 40)
+    assert checkpoint.snapshot_steps(tmp_path) == list(range(40, 0, -4))
+    later = tmp_path / "none"
+    with checkpoint.manager(later) as checkpoints:
+        checkpoint.save(checkpoints, state, c)
+    with pytest.raises(InputError, match="holds none up to step 80"):
+        run.load(later, "power(0.2)")
