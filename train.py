@@ -122,6 +122,7 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
         snapshots = None
         if config.training.snapshot_every and powers:
             checkpoint.forget_later(workdir, first)
+            meshes.agree(np.int32(first))  # the others wait until that is done
             snapshots = stack.enter_context(checkpoint.snapshots(workdir))
         writer = metrics.writer(workdir, first) if first_process else metrics.silent()
         stack.callback(writer.close)
@@ -394,7 +395,9 @@ def main() -> None:
         raise InputError("which experiment? Give --config=configs/digits.py, for instance")
     meshes.connect(FLAGS.coordinator, FLAGS.processes, FLAGS.process)
     name = Path(config_flags.get_config_filename(FLAGS["config"])).stem
-    train(CONFIG.value, FLAGS.workdir or Path("runs") / name, FLAGS.dry_run, FLAGS.profile)
+    workdir = FLAGS.workdir or Path("runs") / name
+    with contextlib.nullcontext() if FLAGS.dry_run else checkpoint.only_one(workdir):
+        train(CONFIG.value, workdir, FLAGS.dry_run, FLAGS.profile)
 
 
 if __name__ == "__main__":

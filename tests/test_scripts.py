@@ -77,6 +77,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
         while not (tmp_path / "metrics.jsonl").exists() or not losses(tmp_path):
             assert process.poll() is None
             time.sleep(0.2)
+        second = script("train.py", *TINY, f"--workdir={tmp_path}")
+        assert second.returncode == 2 and "is in use: another train.py" in second.stderr and second.stderr.count("\n") == 1
         process.send_signal(signal.SIGTERM)
         out, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and "stopped by SIGTERM at step" in out

@@ -6,6 +6,7 @@ half-written, one that does not match them is damaged, and neither is ever loade
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import shutil
@@ -161,6 +162,26 @@ def _unwritten(checkpoints: Checkpoints, error: Exception) -> RunError:
         _brief(error) if isinstance(error, OSError) or "no space left" not in str(error).lower() else "no space left on the device"
     )
     return RunError(f"checkpoint {folder}/{checkpoints.begun[-1]} could not be written: {reason}; {last}")
+
+
+@contextlib.contextmanager
+def only_one(workdir) -> Iterator[None]:
+    """Holds a workdir for the one run that trains in it; the system frees it when that dies. Raises InputError where one does.
+
+    Two at once would take each other's unfinished checkpoints for leftovers. gs:// and file systems without locks go unheld.
+    """
+    with contextlib.ExitStack() as stack:
+        if "://" not in str(workdir) and meshes.first_process():
+            with contextlib.suppress(OSError):  # what cannot be written is told later
+                place(workdir).mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(open(place(workdir) / ".lock", "w"))
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise InputError(
+                        f"workdir {workdir} is in use: another train.py trains in it; give another --workdir"
+                    ) from None
+        yield
 
 
 def steps(folder: epath.Path) -> list[int]:
