@@ -56,9 +56,13 @@ def arrays(workdir, step=300):
     import jax
     import orbax.checkpoint as ocp
 
-    found = {}
+    found, here = {}, jax.sharding.SingleDeviceSharding(jax.devices()[0])
     for item in ("state", "ema"):
-        tree = ocp.StandardCheckpointer().restore(Path(workdir).absolute() / "checkpoints" / str(step) / item)
+        reader, path = ocp.StandardCheckpointer(), Path(workdir).absolute() / "checkpoints" / str(step) / item
+        # Onto one device, whatever number wrote it.
+        shapes = reader.metadata(path).item_metadata.tree
+        target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), shapes)
+        tree = reader.restore(path, target)
         found |= {item + jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     return found
 
