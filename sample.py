@@ -4,7 +4,6 @@ A PNG grid, or with --out=FILE.npz the arrays `images` (uint8 [N, H, W, C]) and,
 """
 
 import os
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,6 +12,7 @@ from absl import flags
 import jaxdiff as jd
 from jaxdiff import cli
 from jaxdiff import run as runs
+from jaxdiff.training.checkpoint import place
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "What train.py wrote to.")
@@ -29,11 +29,13 @@ flags.DEFINE_string("out", None, "A .png or .npz file (default: samples.png in t
 def main() -> None:
     if FLAGS.workdir is None:
         raise jd.InputError("which model? Give --workdir=DIR, the folder that train.py wrote to")
-    out = Path(FLAGS.out or Path(FLAGS.workdir) / "samples.png")
+    out = place(FLAGS.out or place(FLAGS.workdir) / "samples.png")
     if out.suffix not in (".png", ".npz"):
         raise jd.InputError(f"out={out} is neither a .png nor an .npz file")
+    if out.is_dir():
+        raise jd.InputError(f"out={out} is a directory; give the name of a file")
     run = jd.load(FLAGS.workdir, FLAGS.ema)
-    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
+    if "://" not in str(out) and not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
         raise jd.InputError(f"out={out}: the folder {out.parent} is not there or cannot be written")
     settings = {name: FLAGS[name].value for name in ("steps", "solver", "guidance", "label") if FLAGS[name].value is not None}
     num = run.config.sampling.num if FLAGS.num is None else FLAGS.num
@@ -42,7 +44,8 @@ def main() -> None:
     if out.suffix == ".png":
         jd.pictures.save(out, jd.pictures.tile(images, columns))
     else:
-        np.savez(out, images=images, **({} if labels is None else {"labels": labels}))  # type: ignore[arg-type]
+        with out.open("wb") as file:
+            np.savez(file, images=images, **({} if labels is None else {"labels": labels}))  # type: ignore[arg-type]
     print(f"wrote {out}")
 
 

@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from jaxdiff import cli, data, pictures
 from jaxdiff import experiment as experiments
+from jaxdiff import mesh as meshes
 from jaxdiff import run as runs
 from jaxdiff.errors import InputError, RunError
 from jaxdiff.training import averages, checkpoint, dryrun, ema_distance, hardware, init_state, make_optimizer, make_step, metrics
-from jaxdiff.training import mesh as meshes
 
 FLAGS = flags.FLAGS
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, such as configs/digits.py.", lock_config=True)
@@ -62,12 +62,15 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
     # What can be wrong is found out before anything is decoded or compiled.
     mesh = meshes.make_mesh(config.training.mesh)
     _check(config, mesh)
+    if profile and "://" in str(workdir):
+        raise InputError(f"--profile writes to a local disk, and the workdir is {workdir}; give a local one")
     optimizer = make_optimizer(config.optimizer)
     went_on = None
     if not dry_run:
         _writable(workdir)
-        went_on = meshes.agree(np.int32(-1 if (s := checkpoint.recover(workdir, say) if first_process else None) is None else s))
-        went_on = None if went_on < 0 else int(went_on)
+        found = checkpoint.recover(workdir, say) if first_process else None
+        newest = int(meshes.agree(np.int32(-1 if found is None else found)))
+        went_on = None if newest < 0 else newest
     if went_on is not None:
         _same_experiment(workdir, went_on, config)
     measured = config.data.codec == "standardised"

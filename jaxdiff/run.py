@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from jaxdiff import guidance as guide
+from jaxdiff import mesh as meshes
 from jaxdiff import sampling, solvers, times
 from jaxdiff.codec import Codec
 from jaxdiff.denoiser import Denoiser, denoiser
@@ -51,7 +52,6 @@ def load(workdir: str | Path, ema: float | str | None = None) -> Run:
     warning. Raises InputError where there is no good checkpoint, or no such average.
     """
     from jaxdiff.training import checkpoint, posthoc  # brings Orbax, which drawing from parameters at hand does not need
-    from jaxdiff.training import mesh as meshes
 
     step, config, bad = checkpoint.restore_meta(workdir)
     for number, problem in bad.items():
@@ -121,7 +121,7 @@ def of(config, experiment: Experiment, params: Any, step: int = 0) -> Run:
             rows = np.minimum(np.arange(start, start + size), n - 1)
             made = _solver(solver, "solver", denoise(None if labels is None else labels[rows], guidance))
             z = _draw(keys[rows], made, levels, experiment.data_std, shape=latent_shape(experiment, size), mesh=mesh)
-            images.append(_fetch(experiment.codec.decode(z))[: n - start])
+            images.append(meshes.fetch(experiment.codec.decode(z))[: n - start])
         return np.concatenate(images)
 
     return Run(config, params, experiment.shape, experiment.codec, denoise, generate, step)
@@ -133,17 +133,9 @@ def _mesh(params: Any) -> Mesh | None:
     return sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None  # type: ignore[return-value]
 
 
-def _fetch(images: Array) -> np.ndarray:
-    if images.is_fully_addressable:
-        return np.asarray(images)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(images, tiled=True))
-
-
 def _draw_samples(keys, solver, levels, data_std, shape, mesh):
     if mesh is not None:
-        keys = jax.lax.with_sharding_constraint(keys, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
+        keys = jax.lax.with_sharding_constraint(keys, meshes.split(mesh))
     k_prior, k_solve = (jax.vmap(lambda k, i=i: jax.random.fold_in(k, i))(keys) for i in range(2))
     start = Level(levels.alpha[0], levels.sigma[0])
     return sampling.sample(k_solve, solver, sampling.prior(k_prior, start, shape, data_std), levels)

@@ -11,9 +11,9 @@ import numpy as np
 from tiny import config
 
 from jaxdiff import data, experiment
+from jaxdiff import mesh as meshes
 from jaxdiff import run as runs
 from jaxdiff.training import init_state, make_optimizer, make_step
-from jaxdiff.training import mesh as meshes
 from jaxdiff.training.dryrun import state_bytes
 
 

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 
+from jaxdiff import mesh as meshes
 from jaxdiff.errors import InputError
-from jaxdiff.training import mesh as meshes
 
 HERE = Path(__file__).parent
 

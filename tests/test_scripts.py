@@ -172,6 +172,7 @@ def test_eight_devices_train_as_one(tmp_path):
         (["train.py", "--config=configs/digits.py", "--config.sampling.solver=dimm"], "did you mean 'ddim'"),
         (["train.py", "--config=configs/digits.py", "--config.process.drop_label=0.0"], "drop_label above 0"),
         (["sample.py", "--workdir=/nowhere"], "/nowhere is not there"),
+        (["sample.py", "--workdir=/tmp", "--out=x.jpg"], "neither a .png nor an .npz file"),
         (["sample.py", "--workdir=/tmp", "--setps=3"], "Did you mean: steps"),
     ],
     ids=lambda x: " ".join(x)[:60] if isinstance(x, list) else "",

@@ -9,7 +9,7 @@ import pytest
 from injected import with_nan_at
 from tiny import config
 
-from jaxdiff import data, experiment, run, training
+from jaxdiff import data, experiment, pictures, run, training
 from jaxdiff.errors import InputError
 from jaxdiff.training import checkpoint, metrics, posthoc
 
@@ -320,3 +320,34 @@ def test_snapshots_give_averages_of_widths_that_were_not_kept(tmp_path):
         checkpoint.save(checkpoints, state, c)
     with pytest.raises(InputError, match="holds none up to step 80"):
         run.load(later, "power(0.2)")
+
+
+def test_metrics_and_pictures_are_written_to_a_bucket(monkeypatch):
+    """A bucket in memory: it cannot append, and Path("gs://b") would be a local folder."""
+    fsspec = pytest.importorskip("fsspec", reason="needs fsspec, which gcsfs brings")
+    import tensorboardX
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Board:
+        def __init__(self, *args, **kwargs):
+            assert args[0].startswith("gs://bucket/run/")
+
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: None
+
+    class Bucket(MemoryFileSystem):
+        protocol, store, pseudo_dirs = ("gs", "gcs"), {}, [""]  # type: ignore[assignment]
+
+    for name in Bucket.protocol:
+        fsspec.register_implementation(name, Bucket, clobber=True)
+    monkeypatch.setattr(tensorboardX, "SummaryWriter", Board)
+    for step in (2, 4):
+        writer = metrics.writer("gs://bucket/run", step - 2)
+        writer.scalars(step, {"loss": step / 10})
+        writer.scalars(step + 1, {"loss": 9.0})  # of a step that the second run trains again
+        writer.close()
+    where = checkpoint.place("gs://bucket/run")
+    rows = [json.loads(line) for line in (where / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 5] and rows[2]["loss"] == 9.0
+    pictures.save(where / "samples" / "a.png", np.zeros((4, 4, 3), np.uint8))
+    assert (where / "samples" / "a.png").read_bytes().startswith(b"\x89PNG")

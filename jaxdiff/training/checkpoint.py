@@ -18,8 +18,8 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from jaxdiff import mesh as meshes
 from jaxdiff.errors import InputError, RunError
-from jaxdiff.training import mesh as meshes
 from jaxdiff.training.state import TrainState
 
 FOLDER = "checkpoints"
