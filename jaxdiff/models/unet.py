@@ -136,7 +136,7 @@ class UNet(nn.Module):
     `space` has any number of axes, each divisible by 2^(levels - 1). `multipliers` gives each level's channels, `attention` the
     levels (0 is full size) whose every block, down and up, is followed by attention; the middle always has one. With `classes` > 0
     the condition is {"label": int [] or [B]}, -1 being the null label (and what a missing condition means). `train` turns on
-    dropout. `remat` keeps no activations inside blocks and computes them again for the gradient: less memory, a quarter more time.
+    dropout. `remat` keeps no activations inside blocks and computes them again for the gradient: less memory, more operations.
     Raises ValueError where a size does not divide. Source: DDPM appendix B; its CIFAR-10 form is the default (35,746,307).
     """
 
