@@ -3,6 +3,7 @@
 python tests/meshes.py '[2, 4]' [PORT PROCESSES PROCESS]      # XLA_FLAGS=--xla_force_host_platform_device_count=8
 """
 
+import faulthandler
 import json
 import sys
 
@@ -18,6 +19,7 @@ from jaxdiff.training.dryrun import state_bytes
 
 
 def main() -> None:
+    faulthandler.dump_traceback_later(400, exit=True)  # a deadlock is to say where
     shape = json.loads(sys.argv[1])
     if len(sys.argv) > 2:
         port, processes, process = (int(a) for a in sys.argv[2:])

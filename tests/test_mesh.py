@@ -19,13 +19,14 @@ HERE = Path(__file__).parent
 
 def start(shape, devices, *processes):
     env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    env["NPROC"] = "16"  # XLA's threads: a collective blocks one a device, and with as few threads as cores others starve
     env["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE), env.get("PYTHONPATH", "")])
     args = [sys.executable, str(HERE / "meshes.py"), json.dumps(shape), *map(str, processes)]
     return subprocess.Popen(args, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def result(process):
-    out, err = process.communicate(timeout=400)
+    out, err = process.communicate(timeout=500)
     assert process.returncode == 0, err[-3000:]
     return json.loads(out.splitlines()[-1])
 
