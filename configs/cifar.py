@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config.steps = 800_000
     config.batch_size = 128
     config.data_dir = ""  # where TFDS prepared the set; its own default, ~/tensorflow_datasets, where empty
-    config.data = dict(name="cifar10", split="train", shape=(32, 32, 3), size=0, codec="pixels", flip=True)
+    config.data = dict(name="cifar10", split="train", shape=(32, 32, 3), size=0, codec="pixels", flip=True, augment="")
     config.model = dict(
         name="UNet",
         channels=128,
@@ -32,7 +32,15 @@ def get_config() -> ConfigDict:
         dtype="float32",
         remat=False,
     )
-    config.process = dict(schedule="linear_beta(steps=1000)", target="eps", draw="draw_table(1000)", data_std=1.0, drop_label=0.0)
+    config.process = dict(
+        schedule="linear_beta(steps=1000)",
+        target="eps",
+        draw="draw_table(1000)",
+        weight="unit",
+        loss="simple",
+        data_std=1.0,
+        drop_label=0.0,
+    )
     config.optimizer = dict(name="adam", learning_rate=2e-4, schedule="linear_schedule(0, 1, 5000)", clip=1.0)
     config.training = dict(
         ema=(0.9999,),

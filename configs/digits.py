@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config.steps = 2200
     config.batch_size = 32
     config.data_dir = ""  # not needed: the digits are in the package
-    config.data = dict(name="digits", split="train", shape=(8, 8, 1), size=0, codec="pixels", flip=False)
+    config.data = dict(name="digits", split="train", shape=(8, 8, 1), size=0, codec="pixels", flip=False, augment="")
     config.model = dict(
         name="UNet",
         channels=24,
@@ -32,7 +32,9 @@ def get_config() -> ConfigDict:
         dtype="float32",
         remat=False,
     )
-    config.process = dict(schedule="cosine", target="v", draw="draw_uniform(0.001, 0.999)", data_std=1.0, drop_label=0.1)
+    config.process = dict(
+        schedule="cosine", target="v", draw="draw_uniform(0.001, 0.999)", weight="unit", loss="simple", data_std=1.0, drop_label=0.1
+    )
     config.optimizer = dict(name="adam", learning_rate=3e-3, schedule="cosine_onecycle_schedule(2200, 1.0, 0.1)", clip=1.0)
     config.training = dict(
         ema=(0.995,),

@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config.steps = 20_000
     config.batch_size = 128
     config.data_dir = ""  # where TFDS prepared the set; its own default, ~/tensorflow_datasets, where empty
-    config.data = dict(name="mnist", split="train", shape=(28, 28, 1), size=0, codec="pixels", flip=False)
+    config.data = dict(name="mnist", split="train", shape=(28, 28, 1), size=0, codec="pixels", flip=False, augment="")
     config.model = dict(
         name="UNet",
         channels=32,
@@ -29,7 +29,9 @@ def get_config() -> ConfigDict:
         dtype="float32",
         remat=False,
     )
-    config.process = dict(schedule="cosine", target="v", draw="draw_uniform(0.001, 0.999)", data_std=1.0, drop_label=0.1)
+    config.process = dict(
+        schedule="cosine", target="v", draw="draw_uniform(0.001, 0.999)", weight="unit", loss="simple", data_std=1.0, drop_label=0.1
+    )
     config.optimizer = dict(name="adam", learning_rate=5e-4, schedule="linear_schedule(0, 1, 200)", clip=1.0)
     config.training = dict(
         ema=(0.999,),

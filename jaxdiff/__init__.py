@@ -1,9 +1,25 @@
 """jaxdiff: diffusion models in JAX as pure functions over noise levels."""
 
-from jaxdiff import codec, data, experiment, guidance, losses, models, pictures, schedules, solvers, targets, times
+from jaxdiff import (
+    codec,
+    data,
+    experiment,
+    guidance,
+    likelihood,
+    losses,
+    models,
+    objectives,
+    pictures,
+    schedules,
+    score,
+    solvers,
+    targets,
+    times,
+    weights,
+)
 from jaxdiff.denoiser import clip_logsnr, denoiser
 from jaxdiff.errors import InputError
-from jaxdiff.level import Level, Prediction, beta_std, diffuse, logsnr, posterior_std
+from jaxdiff.level import Level, Prediction, beta_std, diffuse, learned_std, logsnr, posterior_std
 from jaxdiff.run import Run, load
 from jaxdiff.sampling import prior, sample, sample_keys, solve
 from jaxdiff.solvers import Solver
@@ -26,18 +42,23 @@ __all__ = [
     "experiment",
     "grid",
     "guidance",
+    "learned_std",
+    "likelihood",
     "load",
     "logsnr",
     "losses",
     "models",
+    "objectives",
     "pictures",
     "posterior_std",
     "prior",
     "sample",
     "sample_keys",
     "schedules",
+    "score",
     "solve",
     "solvers",
     "targets",
     "times",
+    "weights",
 ]

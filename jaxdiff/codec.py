@@ -44,3 +44,10 @@ def standardised(mean: Sequence[float], std: Sequence[float]) -> Codec:
         return jnp.round(jnp.clip((z * s + m + 1) * 127.5, 0, 255)).astype(jnp.uint8)
 
     return Codec(encode, decode)
+
+
+def ends(codec: Codec, shape: Sequence[int]) -> tuple[Array, Array]:
+    """What a codec of pixels makes of black and of white in images of `shape` (..., C): [1, ..., 1, C] each."""
+    channels = (1,) * len(shape) + (shape[-1],)
+    lo, hi = (codec.encode(jax.random.key(0), jnp.full(channels, value, jnp.uint8)) for value in (0, 255))
+    return lo, hi

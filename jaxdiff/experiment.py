@@ -11,16 +11,17 @@ from jax.tree_util import Partial
 from ml_collections import ConfigDict
 
 from jaxdiff import codec as codecs
-from jaxdiff import models, schedules, targets, times
+from jaxdiff import models, objectives, schedules, targets, times, weights
 from jaxdiff.codec import Codec
+from jaxdiff.data import augment as augments
 from jaxdiff.data import random_flip
-from jaxdiff.denoiser import Net, clip_logsnr
+from jaxdiff.denoiser import LOGSNR_LIMIT, Net, clip_logsnr
 from jaxdiff.errors import InputError, nearest
 from jaxdiff.level import Level, logsnr
-from jaxdiff.losses import denoising_loss
-from jaxdiff.names import named, whole
-from jaxdiff.schedules import Schedule
-from jaxdiff.targets import Target
+from jaxdiff.names import named, public, whole
+from jaxdiff.objectives import Objective, Problem
+from jaxdiff.schedules import Learned, Schedule
+from jaxdiff.targets import Target, determinant
 
 Array = jax.Array
 Params = Any
@@ -28,9 +29,9 @@ Params = Any
 # The keys of a config, by group; "" is the config itself. Those of `model` are `models.FIELDS`, and here the ones read elsewhere.
 KEYS: dict[str, tuple[str, ...]] = {
     "": ("seed", "steps", "batch_size", "data_dir"),
-    "data": ("name", "split", "shape", "size", "codec", "flip"),
+    "data": ("name", "split", "shape", "size", "codec", "flip", "augment"),
     "model": ("name", "classes"),
-    "process": ("schedule", "target", "draw", "data_std", "drop_label"),
+    "process": ("schedule", "target", "draw", "weight", "loss", "data_std", "drop_label"),
     "optimizer": ("name", "learning_rate", "schedule", "clip"),
     "training": (
         "ema",
@@ -47,7 +48,13 @@ KEYS: dict[str, tuple[str, ...]] = {
     "sampling": ("ema", "times", "solver", "steps", "max_steps", "guidance", "num", "batch_size", "clip"),
 }
 # What `build` reads of them: a notebook that trains and draws by itself need not say how often to save.
-BUILT = {"data": ("shape", "codec", "flip"), "model": KEYS["model"], "process": KEYS["process"]}
+BUILT = {
+    "data": ("shape", "codec", "flip"),
+    "model": KEYS["model"],
+    "process": ("schedule", "target", "draw", "data_std", "drop_label"),
+}
+# Keys that a config may leave out, and what that means.
+OPTIONAL = {("data", "augment"): "", ("process", "weight"): "unit", ("process", "loss"): "simple"}
 
 
 class Experiment(NamedTuple):
@@ -80,46 +87,90 @@ def build(config) -> Experiment:
     """
     check_keys(config, BUILT)
     shape, process = _shape(config), config.process
-    model = models.build(config.model)
     codec = named(codecs, _called(config.data.codec), "data.codec")
-    schedule = named(schedules, process.schedule, "process.schedule")
+    curve = named(schedules, process.schedule, "process.schedule")
     target = named(targets, process.target, "process.target")
     draw = named(times, process.draw, "process.draw")
-    _check(config, model, schedule, target, draw)
-    lo, hi = _logsnr_range(process, schedule, draw)
+    weight = named(weights, optional(config, "process", "weight"), "process.weight")
+    objective = named(objectives, _called(optional(config, "process", "loss")), "process.loss")
+    augment = named(augments, config.data.augment, "data.augment") if optional(config, "data", "augment") else None
+    model = models.build(config.model)
+    learns = curve if isinstance(curve, Learned) else None
+    start = curve if learns is None else learns.at(learns.init(jax.random.key(0)))
+    _check(config, model, objective, start, target, draw, weight)
+    _check_objective(config, objective, start, target, draw, learns)
+    lo, hi = (-LOGSNR_LIMIT, LOGSNR_LIMIT) if learns else _logsnr_range(process, start, draw)
+    if objective.outputs > 1:
+        model = model.clone(out_channels=objective.outputs * shape[-1])
+    values = codecs.ends(codec, shape)
 
     def apply(params, cond, key, x, seen):
         rngs = None if key is None else {"dropout": key}
-        return model.apply(params, x, seen, cond, train=key is not None, rngs=rngs), None
+        y = model.apply(params if learns is None else params["network"], x, seen, cond, train=key is not None, rngs=rngs)
+        return objectives.split_output(objective.outputs, y)
 
     def net(params: Params, cond: Any, key: Array | None = None) -> Net:
         return clip_logsnr(Partial(apply, params, cond, key), lo, hi)
 
     def init(key: Array) -> Params:
-        return model.init(key, jnp.zeros((1, *shape)), jnp.zeros(()))
+        network = model.init(key, jnp.zeros((1, *shape)), jnp.zeros(()))
+        return network if learns is None else {"network": network, "schedule": learns.init(jax.random.fold_in(key, 1))}
+
+    def schedule(params: Params) -> Schedule:
+        return start if learns is None or params is None else learns.at(params["schedule"])
 
     def prepare(extra, key, batch):
         k_flip, k_encode, k_time, k_label, k_eps = jax.random.split(key, 5)
         image, label = batch["image"], batch["label"]
         if config.data.flip:
             image = random_flip(k_flip, image)
-        x0 = codec.encode(k_encode, image)
-        example = {"x0": x0, "eps": jax.random.normal(k_eps, x0.shape, x0.dtype), "t": draw.sample(k_time, x0.shape[0])}
+        x0, cond = codec.encode(k_encode, image), {}
+        if augment is not None:
+            x0, cond["augment"] = augment(jax.random.fold_in(key, 5), x0)
+        chosen = draw.draw(extra) if isinstance(draw, times.Adaptive) else draw
+        t = chosen.sample(k_time, x0.shape[0])
+        example = {"x0": x0, "eps": jax.random.normal(k_eps, x0.shape, x0.dtype), "t": t}
+        if isinstance(draw, times.Adaptive):
+            example["density"] = chosen.density(t)
         if config.model.classes:
             # A network that sometimes sees no label can be guided without a classifier (Ho and Salimans 2022, algorithm 1).
-            example["cond"] = {"label": jnp.where(jax.random.bernoulli(k_label, process.drop_label, label.shape), -1, label)}
-        return example
+            cond["label"] = jnp.where(jax.random.bernoulli(k_label, process.drop_label, label.shape), -1, label)
+        return example | ({"cond": cond} if cond else {})
 
     def loss(params, extra, key, example):
-        x0, t = example["x0"], example["t"]
-        level = schedule(t.reshape(-1, *(1,) * (x0.ndim - 1)))
-        predict = net(params, example.get("cond"), key)
-        each = denoising_loss(key, predict, target, x0, level, example["eps"], data_std=process.data_std)
-        return each, extra, {"logsnr": logsnr(level).reshape(-1)}
+        x0 = example["x0"]
+        t = example["t"].reshape(-1, *(1,) * (x0.ndim - 1))
+        along = schedule(params)
 
-    return Experiment(
-        init, prepare, loss, (), net, lambda params: schedule, target, codec, shape, process.data_std, config.model.classes
-    )
+        def factor(t):
+            # What an adaptive draw prefers is divided out below, so that here it is uniform.
+            density = jnp.ones_like if isinstance(draw, times.Adaptive) else draw.density
+            return weight(along(t), weights.rate(along, density, t), target)
+
+        problem = Problem(
+            net(params, example.get("cond"), key),
+            target,
+            along,
+            factor,
+            draw.steps,
+            (draw.first, draw.last),
+            values,
+            process.data_std,
+            None if learns is None else params["schedule"],
+        )
+        each, told = objective.loss(problem, x0, example["eps"], t)
+        if isinstance(draw, times.Adaptive):
+            extra = draw.update(extra, example["t"], jax.lax.stop_gradient(each))
+            each = each / example["density"]
+        return each, extra, {**told, "logsnr": jax.lax.stop_gradient(logsnr(along(t)).reshape(-1))}
+
+    extra = draw.init() if isinstance(draw, times.Adaptive) else ()
+    return Experiment(init, prepare, loss, extra, net, schedule, target, codec, shape, process.data_std, config.model.classes)
+
+
+def optional(config, group: str, name: str) -> Any:
+    """The value of a key that a config may leave out."""
+    return config[group].get(name, OPTIONAL[group, name])
 
 
 def check_keys(config, needed: Mapping[str, Sequence[str]] = KEYS) -> None:
@@ -129,7 +180,7 @@ def check_keys(config, needed: Mapping[str, Sequence[str]] = KEYS) -> None:
     for group in groups:
         if group in config:
             allowed = models.FIELDS if group == "model" else KEYS[group]
-            _check_group(group, config[group], allowed, needed.get(group, ()))
+            _check_group(group, config[group], allowed, [n for n in needed.get(group, ()) if (group, n) not in OPTIONAL])
     if "seed" in config and not (whole(config.seed, 0) and config.seed < 2**63):
         raise InputError(f"config.seed={config.seed!r} is out of range; it is a whole number from 0 to 2**63 - 1")
 
@@ -164,23 +215,46 @@ def _shape(config) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _check(config, model, schedule, target, draw) -> None:
+def _check_objective(config, objective: Objective, schedule: Schedule, target, draw, learns: Learned | None) -> None:
+    """Raises InputError for an objective that this process cannot have."""
+    text, process = optional(config, "process", "loss"), config.process
+    problem = objectives.problem_with(objective, text, draw.steps, learns)
+    if problem:
+        raise InputError(problem)
+    if text == "simple":
+        return
+    # The bound needs the prediction, not just the target.
+    for t in (draw.first, draw.last):
+        level = schedule(jnp.asarray(t))
+        if np.asarray(determinant(target, level)) == 0:
+            raise InputError(
+                f"process.target={process.target!r} says nothing at t = {t:g} (alpha {level.alpha:g}, sigma {level.sigma:g}), "
+                f"which process.loss={text!r} needs; draw times within it, or use the target v"
+            )
+
+
+def _check(config, model, objective, schedule, target, draw, weight) -> None:
     """Raises InputError for what would otherwise fail late, or silently."""
     process, shape = config.process, _shape(config)
-    if not isinstance(draw, times.Draw):
+    if not isinstance(draw, times.Draw | times.Adaptive):
         raise InputError(f"process.draw={process.draw!r} needs brackets, such as draw_table(1000)")
     if not (_finite(draw.first) and _finite(draw.last)):
         raise InputError(
             f"process.draw={process.draw!r} does not draw between two finite numbers, as draw_uniform(0.001, 0.999) does"
         )
     # Traced only: a table may have more rows than an int32 can count.
-    if _try(jax.eval_shape, lambda key: draw.sample(key, 1), jax.random.key(0)) is None:
+    plain = draw if isinstance(draw, times.Draw) else draw.draw(draw.init())
+    if _try(jax.eval_shape, lambda key: plain.sample(key, 1), jax.random.key(0)) is None:
         raise InputError(f"process.draw={process.draw!r} cannot be drawn from; a table has at most 2**31 - 2 rows")
     probe = jnp.asarray((draw.first + draw.last) / 2)
     if not (callable(schedule) and isinstance(_try(schedule, probe), Level)):
         raise InputError(f"process.schedule={process.schedule!r} needs brackets, such as linear_beta(steps=1000)")
     if not isinstance(_try(target, schedule(probe)), tuple):
         raise InputError(f"process.target={process.target!r} needs brackets, such as edm(0.5)")
+    if not hasattr(_try(weight, schedule(probe), probe, target), "dtype"):
+        raise InputError(f"process.weight={process.weight!r} needs brackets, such as min_snr(5.0)")
+    if not isinstance(objective, Objective):
+        raise InputError(f"process.loss={process.loss!r} is not an objective; allowed: {', '.join(public(objectives))}")
     if not (_finite(process.drop_label) and 0 <= process.drop_label <= 1):
         raise InputError(f"process.drop_label={process.drop_label!r} is not a probability, 0 to 1")
     if not (_finite(process.data_std) and process.data_std > 0):
@@ -191,14 +265,15 @@ def _check(config, model, schedule, target, draw) -> None:
             f"data.shape={shape} does not fit {len(model.multipliers)} levels of model.multipliers: "
             f"it is (height, width, channels), each size divisible by {halvings}"
         )
-    if model.out_channels not in (None, shape[-1]):
+    channels = objective.outputs * shape[-1]
+    if model.out_channels not in (None, channels):
         raise InputError(
-            f"model.out_channels={model.out_channels!r} is not what process.target={process.target!r} needs; "
-            f"allowed: None, {shape[-1]} (the channels of data.shape)"
+            f"model.out_channels={model.out_channels!r} is not what process.loss={optional(config, 'process', 'loss')!r} needs; "
+            f"allowed: None, {channels} ({objective.outputs} for each of the {shape[-1]} channels of data.shape)"
         )
 
 
-def _logsnr_range(process, schedule: Schedule, draw: times.Draw) -> tuple[float, float]:
+def _logsnr_range(process, schedule: Schedule, draw: times.Draw | times.Adaptive) -> tuple[float, float]:
     """The lowest and highest logsnr that training draws; -inf is one, where no data is left in the noisiest sample.
 
     Raises InputError where they are no range: not a number, without noise, or not falling all the way from `first` to `last`.

@@ -61,6 +61,18 @@ def beta_std(t: Level, s: Level, prediction: Prediction | None = None) -> Array:
     return _k(t, s) * t.sigma
 
 
+def learned_std(t: Level, s: Level, prediction: Prediction) -> Array:
+    """A deviation between `posterior_std` and `beta_std`, in their logarithms, at the place (aux + 1) / 2; [B, ...].
+
+    Source: Nichol and Dhariwal 2021 (Improved DDPM), eq. 15. The network's `aux` is -1 for the small one and 1 for the large;
+    raises ValueError where it has none.
+    """
+    if prediction.aux is None:
+        raise ValueError("this network says nothing of its variance; a model trained with process.loss hybrid or vlb does")
+    share = (prediction.aux + 1) / 2
+    return _k(t, s) * jnp.exp((1 - share) * jnp.log(s.sigma) + share * jnp.log(t.sigma))
+
+
 def _k(t: Level, s: Level) -> Array:
     # expm1 keeps the digits that 1 - SNR_t / SNR_s would lose between neighbours of a 1000-step table.
     return jnp.sqrt(-jnp.expm1(jnp.minimum(logsnr(t) - logsnr(s), 0)))

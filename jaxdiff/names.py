@@ -16,24 +16,40 @@ def public(module: ModuleType) -> list[str]:
 
 
 def parse(module: ModuleType, text: str, key: str, allowed: Iterable[str] | None = None) -> tuple[Callable, tuple, dict[str, Any]]:
-    """The function that `text`, "name" or "name(1, x=2)", names in `module`, and its literal arguments.
+    """The function that `text`, "name" or "name(1, x=2)", names in `module`, and its arguments.
 
-    Raises InputError naming the config's `key`, the wrong value and the allowed names.
+    An argument is a literal, or again a name or a call from the module: "shifted(linear_beta(1000), ratio=0.5)". Raises InputError
+    naming the config's `key`, the wrong value and the allowed names.
     """
     try:
         node = ast.parse(str(text).strip(), mode="eval").body
-        call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-        args = tuple(ast.literal_eval(a) for a in call.args)
-        kwargs = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
-        name = call.func.id  # type: ignore[attr-defined]
-    except (SyntaxError, ValueError, TypeError, AttributeError):
+        return _parsed(module, node, text, key, sorted(public(module) if allowed is None else allowed))
+    except InputError:
+        raise
+    except (SyntaxError, ValueError, TypeError, AttributeError, RecursionError):
         raise InputError(f'{key}={text!r} is not a name such as "cosine" or a name with numbers such as "edm(0.5)"') from None
-    names = sorted(public(module) if allowed is None else allowed)
+
+
+def _parsed(
+    module: ModuleType, node: ast.expr, text: str, key: str, names: list[str], inner: bool = False
+) -> tuple[Callable, tuple, dict[str, Any]]:
+    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+    name = call.func.id  # type: ignore[attr-defined]
+    # What is no name at all is told before a name that does not exist.
+    args = tuple(_argument(module, a, text, key, names) for a in call.args)
+    kwargs = {k.arg: _argument(module, k.value, text, key, names) for k in call.keywords if k.arg}
     if name not in names:
         # The list of a whole library helps nobody; the nearest name does.
         listed = f"; allowed: {', '.join(names)}" if len(names) <= 40 else f"; {module.__name__} has no such name"
-        raise InputError(f"{key}={text!r} is unknown{nearest(name, names)}{listed}")
+        raise InputError(f"{key}={text!r}{f': {name!r}' if inner else ''} is unknown{nearest(name, names)}{listed}")
     return getattr(module, name), args, kwargs
+
+
+def _argument(module: ModuleType, node: ast.expr, text: str, key: str, names: list[str]) -> Any:
+    if not isinstance(node, ast.Name | ast.Call):
+        return ast.literal_eval(node)
+    function, args, kwargs = _parsed(module, node, text, key, names, inner=True)
+    return _call(function, text, key, *args, **kwargs) if isinstance(node, ast.Call) else function
 
 
 def named(module: ModuleType, text: str, key: str) -> Any:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from jaxdiff import codec as codecs
 from jaxdiff import guidance as guide
 from jaxdiff import mesh as meshes
 from jaxdiff import sampling, solvers, times
@@ -97,7 +98,7 @@ def of(config, experiment: Experiment, params: Any, step: int = 0) -> Run:
         made = of_label(labels)
         if guidance != 1:
             made = guide.classifier_free(made, of_label(np.full_like(labels, -1)), guidance)
-        return guide.clip(made, *_bounds(experiment)) if config.sampling.clip else made
+        return guide.clip(made, *codecs.ends(experiment.codec, experiment.shape)) if config.sampling.clip else made
 
     def generate(key: Array, n: int, steps: int = 50, solver: str = "ddim", label: Any = None, guidance: float = 1.0) -> np.ndarray:
         if n < 1:
@@ -120,7 +121,10 @@ def of(config, experiment: Experiment, params: Any, step: int = 0) -> Run:
             # The last batch is filled up, so that every batch has one shape and one compiled program.
             rows = np.minimum(np.arange(start, start + size), n - 1)
             made = _solver(solver, "solver", denoise(None if labels is None else labels[rows], guidance))
-            z = _draw(keys[rows], made, levels, experiment.data_std, shape=latent_shape(experiment, size), mesh=mesh)
+            try:
+                z = _draw(keys[rows], made, levels, experiment.data_std, shape=latent_shape(experiment, size), mesh=mesh)
+            except ValueError as error:
+                raise InputError(f"solver={solver!r}: {error}") from error
             images.append(meshes.fetch(experiment.codec.decode(z))[: n - start])
         return np.concatenate(images)
 
@@ -210,13 +214,6 @@ def _labels(config, experiment: Experiment, label: Any) -> np.ndarray | None:
         none = ", or -1 for none" if least < 0 else ""
         raise InputError(f"label={value} is out of range; allowed: 0 to {experiment.classes - 1}{none}")
     return labels.astype(np.int32)
-
-
-def _bounds(experiment: Experiment) -> tuple[Array, Array]:
-    """What black and white are to the process, [1, ..., 1, C] each."""
-    ends = (jnp.full((1, *(1,) * (len(experiment.shape) - 1), experiment.shape[-1]), v, jnp.uint8) for v in (0, 255))
-    lo, hi = (experiment.codec.encode(jax.random.key(0), end) for end in ends)
-    return lo, hi
 
 
 def showcase(run: Run, key: Array, n: int, label: Any = None, **settings: Any) -> tuple[np.ndarray, int | None, np.ndarray | None]:

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from jaxdiff.denoiser import Denoiser, partial
-from jaxdiff.level import Level, Prediction, beta_std, logsnr, posterior_std
+from jaxdiff.level import Level, Prediction, beta_std, learned_std, logsnr, posterior_std
 
 Array = jax.Array
 Std = Callable[[Level, Level, Prediction], Array]
 Noise = Callable[[Array, tuple[int, ...], Any], Array]
 
-__all__ = ["ddim", "ddpm", "ddpm_large", "dpmpp_2m", "heun", "line"]
+__all__ = ["ddim", "ddpm", "ddpm_large", "ddpm_learned", "dpmpp_2m", "heun", "line"]
 
 
 class Solver(NamedTuple):
@@ -62,6 +62,14 @@ def ddpm(denoise: Denoiser, std: Std = posterior_std, noise: Noise = jax.random.
 def ddpm_large(denoise: Denoiser, noise: Noise = jax.random.normal) -> Solver:
     """`ddpm` with the large deviation, sqrt(beta): what DDPM's own CIFAR-10 samples used. Source: DDPM section 3.2."""
     return ddpm(denoise, beta_std, noise)
+
+
+def ddpm_learned(denoise: Denoiser, noise: Noise = jax.random.normal) -> Solver:
+    """`ddpm` with the deviation that the network has learned, for models trained on `hybrid` or `vlb`.
+
+    Source: Nichol and Dhariwal 2021 (Improved DDPM), eq. 15.
+    """
+    return ddpm(denoise, learned_std, noise)
 
 
 def ddim(denoise: Denoiser, eta: float | Array = 0.0, noise: Noise = jax.random.normal) -> Solver:

@@ -4,7 +4,7 @@ Grids are NumPy float64 arrays made on the host; a schedule turns them into leve
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +16,60 @@ from jaxdiff.schedules import Schedule
 
 Array = jax.Array
 
-__all__ = ["draw_table", "draw_uniform", "karras", "strided", "uniform"]
+__all__ = [
+    "draw_importance",
+    "draw_independent",
+    "draw_log_normal",
+    "draw_logit_normal",
+    "draw_table",
+    "draw_uniform",
+    "karras",
+    "strided",
+    "uniform",
+]
+
+# Normal draws are cut off here, so that they have a first and a last time, and this is the share that lies beyond either end.
+_DEVIATIONS = 5.0
+_TAIL = 2.8665157187919e-07
 
 # jax.enable_x64 replaced jax.experimental.enable_x64 within the supported range, and neither spans it.
 _enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # type: ignore[attr-defined]
 
 
 class Draw(NamedTuple):
-    """How training draws times: `sample(key, n)` -> t [n], all within `first` <= t <= `last`."""
+    """How training draws times: `sample(key, n)` -> t [n], all within `first` <= t <= `last`, of probability density `density(t)`.
+
+    Of a table of `steps` rows the density is steps * (the probability of t's row): 1 where all rows are as likely. It holds within
+    the range. `steps` is 0 where there is no table.
+    """
 
     sample: Callable[[Array, int], Array]
     first: float
     last: float
+    density: Callable[[Array], Array]
+    steps: int = 0
+
+
+class History(NamedTuple):
+    """The newest losses of a table's rows, float32 [steps, history], and how many of each there ever were, int32 [steps]."""
+
+    losses: Array
+    counts: Array
+
+
+class Adaptive(NamedTuple):
+    """A draw that learns from the losses: `init() -> history`, `draw(history) -> Draw`, `update(history, t, each) -> history`.
+
+    `t` and `each` are [B]: the times drawn and the losses there, before any weight. All draws are rows of a table of `steps`,
+    within `first` <= t <= `last`.
+    """
+
+    init: Callable[[], Any]
+    draw: Callable[[Any], Draw]
+    update: Callable[[Any, Array, Array], Any]
+    first: float
+    last: float
+    steps: int
 
 
 def uniform(n: int) -> np.ndarray:
@@ -102,7 +144,7 @@ def _host() -> jax.Device | None:
 
 def draw_table(steps: int = 1000) -> Draw:
     """Training times uniform over the rows i / steps, i = 1 ... steps. Source: DDPM algorithm 1, line 3."""
-    return Draw(Partial(_draw_table, steps), 1 / steps, 1.0)
+    return Draw(Partial(_draw_table, steps), 1 / steps, 1.0, Partial(jnp.ones_like), steps)
 
 
 def _draw_table(steps: Array, key: Array, n: int) -> Array:
@@ -114,8 +156,130 @@ def draw_uniform(first: float = 0.0, last: float = 1.0) -> Draw:
 
     Each time alone is uniform, together they lower the variance of the mean loss. Source: VDM appendix I.1.
     """
-    return Draw(Partial(_draw_uniform, first, last), first, last)
+    return Draw(Partial(_draw_uniform, first, last), first, last, Partial(_uniform_density, first, last))
 
 
 def _draw_uniform(first: Array, last: Array, key: Array, n: int) -> Array:
-    return first + (last - first) * jnp.mod(jax.random.uniform(key) + jnp.arange(n) / n, 1)
+    return first + (last - first) * _stratified(key, n)
+
+
+def _stratified(key: Array, n: int) -> Array:
+    return jnp.mod(jax.random.uniform(key) + jnp.arange(n) / n, 1)
+
+
+def _uniform_density(first: Array, last: Array, t: Array) -> Array:
+    return jnp.ones_like(t) / (last - first)
+
+
+def draw_independent(first: float = 0.0, last: float = 1.0) -> Draw:
+    """Training times uniform in [first, last), each drawn by itself: what `draw_uniform` lowers the variance of."""
+    return Draw(Partial(_draw_independent, first, last), first, last, Partial(_uniform_density, first, last))
+
+
+def _draw_independent(first: Array, last: Array, key: Array, n: int) -> Array:
+    return first + (last - first) * jax.random.uniform(key, (n,))
+
+
+def draw_log_normal(mean: float = -1.2, std: float = 1.2) -> Draw:
+    """Training times whose logarithm is normal, stratified and cut off at 5 deviations; under `edm` they are sigma.
+
+    Source: EDM table 1, row "Noise distribution" (P_mean, P_std). Raises ValueError for std <= 0 or numbers that are not finite.
+    """
+    _normal("draw_log_normal", mean, std)
+    first, last = (float(np.exp(mean + side * _DEVIATIONS * std)) for side in (-1, 1))
+    return Draw(Partial(_draw_log_normal, mean, std, first, last), first, last, Partial(_log_normal_density, mean, std))
+
+
+def _draw_log_normal(mean: Array, std: Array, first: Array, last: Array, key: Array, n: int) -> Array:
+    return jnp.clip(jnp.exp(mean + std * _deviates(key, n)), first, last)
+
+
+def _log_normal_density(mean: Array, std: Array, t: Array) -> Array:
+    return _normal_density((jnp.log(t) - mean) / std) / (std * t)
+
+
+def draw_logit_normal(mean: float = 0.0, std: float = 1.0) -> Draw:
+    """Training times whose logit is normal, stratified and cut off at 5 deviations; a positive mean draws more noise.
+
+    Source: Esser et al. 2024 (Stable Diffusion 3), eq. 19. Raises ValueError for std <= 0 or numbers that are not finite.
+    """
+    _normal("draw_logit_normal", mean, std)
+    first, last = (float(1 / (1 + np.exp(-mean - side * _DEVIATIONS * std))) for side in (-1, 1))
+    # Float32 has nothing between this and 1, where the density is not finite.
+    last = min(last, 1 - 2.0**-24)
+    return Draw(Partial(_draw_logit_normal, mean, std, first, last), first, last, Partial(_logit_normal_density, mean, std))
+
+
+def _draw_logit_normal(mean: Array, std: Array, first: Array, last: Array, key: Array, n: int) -> Array:
+    return jnp.clip(jax.nn.sigmoid(mean + std * _deviates(key, n)), first, last)
+
+
+def _logit_normal_density(mean: Array, std: Array, t: Array) -> Array:
+    return _normal_density((jnp.log(t) - jnp.log1p(-t) - mean) / std) / (std * t * (1 - t))
+
+
+def _normal(name: str, mean: float, std: float) -> None:
+    if not (np.isfinite(mean) and 0 < std < np.inf):
+        raise ValueError(f"{name} needs a finite mean and a finite std > 0, got {mean=}, {std=}")
+
+
+def _deviates(key: Array, n: int) -> Array:
+    """n stratified standard normal deviates, none beyond the cut, [n]."""
+    z = jax.scipy.special.ndtri(_TAIL + (1 - 2 * _TAIL) * _stratified(key, n))
+    return jnp.clip(z, -_DEVIATIONS, _DEVIATIONS)
+
+
+def _normal_density(z: Array) -> Array:
+    return jnp.exp(-jnp.square(z) / 2) / (np.sqrt(2 * np.pi) * (1 - 2 * _TAIL))
+
+
+def draw_importance(steps: int = 1000, history: int = 10, uniform: float = 0.001) -> Adaptive:
+    """Rows i / steps of probability in proportion to the root mean square of their last `history` losses, stratified.
+
+    A share `uniform` of the draws stays uniform, and all of them are until every row has its `history` losses. A loss divided by
+    the draw's density has the mean that uniform rows would give it. Source: Nichol and Dhariwal 2021 (Improved DDPM), eq. 18 and
+    section 3.3. Raises ValueError for steps < 1, history < 1 or `uniform` outside [0, 1].
+    """
+    if not (steps >= 1 and history >= 1 and 0 <= uniform <= 1):
+        need = "steps >= 1, history >= 1 and 0 <= uniform <= 1"
+        raise ValueError(f"draw_importance needs {need}, got {steps=}, {history=}, {uniform=}")
+    return Adaptive(Partial(_no_history, steps, history), Partial(_draw_of_history, uniform), _record, 1 / steps, 1.0, steps)
+
+
+def _no_history(steps: int, history: int) -> History:
+    return History(jnp.zeros((steps, history), jnp.float32), jnp.zeros((steps,), jnp.int32))
+
+
+def _draw_of_history(uniform: Array, history: History) -> Draw:
+    steps, depth = history.losses.shape
+    size = jnp.sqrt(jnp.mean(jnp.square(history.losses), axis=1))
+    known = (history.counts >= depth).all() & (size.sum() > 0)
+    p = jnp.where(known, (1 - uniform) * size / jnp.where(known, size.sum(), 1) + uniform / steps, 1 / steps)
+    return Draw(Partial(_draw_rows, p), 1 / steps, 1.0, Partial(_row_density, p), steps)
+
+
+def _draw_rows(p: Array, key: Array, n: int) -> Array:
+    below = jnp.cumsum(p)
+    # Divided by the last, which float32 does not make exactly 1; the first row whose sum lies above u never has probability 0.
+    row = jnp.searchsorted(below / below[-1], _stratified(key, n), side="right")
+    return (1 + jnp.minimum(row, len(p) - 1)) / len(p)
+
+
+def _row_density(p: Array, t: Array) -> Array:
+    return len(p) * p[_row(t, len(p))]
+
+
+def _row(t: Array, steps: int) -> Array:
+    return jnp.clip(jnp.round(t * steps).astype(jnp.int32) - 1, 0, steps - 1)
+
+
+def _record(history: History, t: Array, each: Array) -> History:
+    """The history with the losses `each` [B] of the times t [B] in it, in their order; a row keeps its newest ones."""
+    steps, depth = history.losses.shape
+    row = _row(t, steps)
+    same = row[:, None] == row[None, :]
+    # Of one row's losses in a batch each takes the place after the one before; where they come round, only the newest are written.
+    earlier, later = jnp.tril(same, -1).sum(1), jnp.triu(same, 1).sum(1)
+    place = (history.counts[row] + earlier) % depth
+    losses = history.losses.at[jnp.where(later < depth, row, steps), place].set(each.astype(jnp.float32), mode="drop")
+    return History(losses, history.counts.at[row].add(1))

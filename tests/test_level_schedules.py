@@ -12,7 +12,16 @@ UNIT = {  # the schedules whose t runs over [0, 1]
     "cosine": schedules.cosine,
     "straight": schedules.straight,
     "linear_beta": schedules.linear_beta(),
+    "cosine_beta": schedules.cosine_beta(),
+    "sigmoid": schedules.sigmoid(),
+    "sigmoid_steep": schedules.sigmoid(0.0, 3.0, 0.3),
+    "vp": schedules.vp(),
+    "subvp": schedules.subvp(),
 }
+CURVE = schedules.learned(-13.3, 5.0)
+PARAMS = CURVE.init(jax.random.key(0))
+SHIFTED = schedules.shifted(schedules.cosine, 0.25)
+OTHERS = {"edm": schedules.edm, "ve": schedules.ve(), "learned": CURVE.at(PARAMS), "shifted": SHIFTED}
 
 
 def ddpm_table(steps=1000, first=1e-4, last=0.02):
@@ -28,7 +37,7 @@ def rows(steps=1000):
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (4, 1, 1, 1)])
-@pytest.mark.parametrize("schedule", [*UNIT.values(), schedules.edm], ids=[*UNIT, "edm"])
+@pytest.mark.parametrize("schedule", [*UNIT.values(), *OTHERS.values()], ids=[*UNIT, *OTHERS])
 def test_a_level_has_the_shape_and_dtype_of_its_time(schedule, shape):
     level = schedule(jnp.full(shape, 0.4, jnp.float32))
     assert level.alpha.shape == level.sigma.shape == shape
@@ -47,7 +56,7 @@ def test_noise_rises_from_clean_data_and_alpha_is_never_negative(schedule):
     assert snr[0] == jnp.inf
 
 
-@pytest.mark.parametrize("schedule", UNIT.values(), ids=UNIT)
+@pytest.mark.parametrize("schedule", [*UNIT.values(), SHIFTED], ids=[*UNIT, "shifted"])
 def test_float32_schedules_agree_with_the_float64_grid(schedule):
     t = np.linspace(0, 1, 997)
     low, high = schedule(jnp.asarray(t)), times.grid(schedule, t)
@@ -109,6 +118,183 @@ def test_linear_beta_between_rows_has_the_geometric_mean(x64):
 def test_linear_beta_refuses_what_is_no_table(bad):
     with pytest.raises(ValueError, match="linear_beta needs"):
         schedules.linear_beta(**bad)
+
+
+@pytest.mark.parametrize("steps", [1000, 50, 4000])
+def test_cosine_beta_is_its_table(steps, x64):
+    """Improved DDPM eq. 17: beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}, at most 0.999, and its product again."""
+    f = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+    beta = np.minimum(1 - f[1:] / f[:-1], 0.999)
+    assert beta[-1] == 0.999 and beta[-2] < 0.999
+    level = schedules.cosine_beta(steps)(jnp.arange(steps + 1) / steps)
+    alpha_bar = np.concatenate([[1.0], np.cumprod(1 - beta)])
+    np.testing.assert_allclose(level.alpha, np.sqrt(alpha_bar), rtol=1e-11)
+    np.testing.assert_allclose(level.sigma, np.sqrt(1 - alpha_bar), rtol=1e-11, atol=1e-15)
+    # Up to the clipped last row it is the cosine itself, whose offset at t = 0 is divided away.
+    np.testing.assert_allclose(level.alpha[:-1] ** 2, (f / f[0])[:-1], rtol=1e-9)
+
+
+@pytest.mark.parametrize(("start", "end", "tau"), [(-3.0, 3.0, 1.0), (0.0, 3.0, 0.3), (-3.0, 3.0, 0.1), (0.0, 3.0, 1.1)])
+def test_sigmoid_is_its_formula(start, end, tau, x64):
+    """Jabri et al. 2022, algorithm 3: gamma = (v_end - v) / (v_end - v_start), and alpha = sqrt(gamma)."""
+    t = np.linspace(0, 1, 401)
+    low, v, high = (1 / (1 + np.exp(-m / tau)) for m in (start, start + t * (end - start), end))
+    level = schedules.sigmoid(start, end, tau)(jnp.asarray(t))
+    np.testing.assert_allclose(level.alpha**2, (high - v) / (high - low), atol=2e-15)
+    np.testing.assert_allclose(level.sigma**2, (v - low) / (high - low), atol=2e-15)
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.1, 0.01])
+def test_sigmoid_keeps_its_digits_at_both_ends_in_float32(tau):
+    """Relative to float64, where differences of the logistic function have none left; tau = 0.01 overflows nowhere."""
+    schedule, t = schedules.sigmoid(tau=tau), np.asarray([1e-6, 1e-4, 0.01, 0.5, 0.99, 1 - 2.0**-20], np.float32)
+    low, high = schedule(jnp.asarray(t)), times.grid(schedule, t)
+    # The exponents reach 3 / tau, and their rounding is relative to that.
+    np.testing.assert_allclose(low.alpha, high.alpha, rtol=1e-6 + 3e-7 / tau, atol=1e-37)
+    np.testing.assert_allclose(low.sigma, high.sigma, rtol=1e-6 + 3e-7 / tau, atol=1e-37)
+    ends = schedule(jnp.asarray([0.0, 1.0]))
+    assert ends.alpha.tolist() == [1, 0] and ends.sigma.tolist() == [0, 1]
+
+
+def test_vp_subvp_and_ve_are_their_kernels(x64):
+    """Song et al. 2021, eqs. 29 to 33."""
+    t = np.linspace(0, 1, 101)
+    log = -0.25 * t**2 * (20 - 0.1) - 0.5 * t * 0.1
+    vp, sub = schedules.vp()(jnp.asarray(t)), schedules.subvp()(jnp.asarray(t))
+    np.testing.assert_allclose(vp.alpha, np.exp(log), rtol=1e-14)
+    np.testing.assert_allclose(sub.alpha, np.exp(log), rtol=1e-14)
+    np.testing.assert_allclose(vp.sigma**2, 1 - np.exp(2 * log), atol=1e-15)
+    np.testing.assert_allclose(sub.sigma, 1 - np.exp(2 * log), atol=1e-15)
+    ve = schedules.ve(0.01, 50)(jnp.asarray(t))
+    np.testing.assert_allclose(ve.sigma, 0.01 * 5000**t, rtol=1e-13)
+    assert (ve.alpha == 1).all()
+
+
+def test_vp_is_the_limit_of_linear_beta(x64):
+    """A table of beta(t) / steps, steps -> infinity (Song et al. 2021, appendix B)."""
+    t, steps = jnp.linspace(0, 1, 11), 100_000
+    table = schedules.linear_beta(steps, 0.1 / steps, 20 / steps)
+    np.testing.assert_allclose(table(t).alpha, schedules.vp()(t).alpha, rtol=2e-3)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 64 / 96, 3.0])
+@pytest.mark.parametrize("schedule", [schedules.cosine, schedules.straight, schedules.ve(), schedules.linear_beta(100)])
+def test_shifted_moves_logsnr_and_keeps_the_length(schedule, ratio, x64):
+    """Hoogeboom et al. 2023, eq. 5."""
+    t = jnp.linspace(0.01, 0.99, 99)
+    before, after = schedule(t), schedules.shifted(schedule, ratio)(t)
+    np.testing.assert_allclose(logsnr(after), logsnr(before) + 2 * np.log(ratio), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(np.hypot(*after), np.hypot(*before), rtol=1e-14)
+
+
+def test_shifted_keeps_the_ends_and_is_undone_by_its_inverse():
+    snr = logsnr(SHIFTED(jnp.linspace(0, 1, 4001)))
+    assert snr[0] == jnp.inf and snr[-1] == -jnp.inf and (jnp.diff(snr[1:-1]) < 0).all()
+    for schedule in (schedules.cosine, schedules.straight):
+        ends = schedules.shifted(schedule, 64 / 96)(jnp.asarray([0.0, 1.0]))
+        assert ends.alpha.tolist() == [1, 0] and ends.sigma.tolist() == [0, 1]
+        back = schedules.shifted(schedules.shifted(schedule, 0.25), 4.0)(jnp.asarray([0.1, 0.5, 0.9]))
+        np.testing.assert_allclose(np.stack(back), np.stack(schedule(jnp.asarray([0.1, 0.5, 0.9]))), rtol=1e-6)
+
+
+def test_of_logsnr_has_that_logsnr():
+    snr = jnp.linspace(-40, 40, 81)
+    level = schedules.of_logsnr(snr)
+    np.testing.assert_allclose(logsnr(level), snr, rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(level.alpha**2 + level.sigma**2, 1, rtol=1e-6)
+    assert schedules.of_logsnr(-jnp.inf) == (0, 1) and schedules.of_logsnr(jnp.inf) == (1, 0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_learned_schedule_falls_strictly_between_its_ends(seed):
+    params = CURVE.init(jax.random.key(seed))
+    t = jnp.linspace(0, 1, 1001)
+    share = schedules.interior(params, t)
+    assert share.dtype == jnp.float32 and share[0] == 0 and share[-1] == 1 and (jnp.diff(share) > 0).all()
+    level = CURVE.at(params)(t)
+    np.testing.assert_allclose(logsnr(level), 5.0 - 18.3 * share, atol=1e-5)
+    assert (jnp.diff(logsnr(level)) < 0).all()
+    np.testing.assert_allclose([logsnr(level)[0], logsnr(level)[-1]], [5.0, -13.3], rtol=1e-6)
+    np.testing.assert_array_equal(params["ends"], np.float32([5.0, -13.3]))
+
+
+def test_a_learned_schedule_stays_monotone_whatever_its_parameters():
+    """Far from where it begins, steep and flat: never rising, in float32."""
+    shapes = jax.eval_shape(schedules.learned(-10, 10, 64).init, jax.random.key(0))
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        params = jax.tree.map(lambda a, rng=rng: jnp.asarray(8 * rng.standard_normal(a.shape), jnp.float32), shapes)
+        share = schedules.interior(params, jnp.linspace(0, 1, 1001))
+        assert jnp.isfinite(share).all() and share[0] == 0 and share[-1] == 1
+        assert (jnp.diff(share) > -1e-6).all()
+
+
+def test_interior_is_the_networks_rise(x64):
+    """VDM appendix H: f = l1(t) + l3(sigmoid(l2(l1(t)))), its weights positive, in plain NumPy."""
+    params = jax.tree.map(lambda a: np.asarray(a, np.float64), PARAMS)
+
+    def f(t):
+        w1, w2, w3 = (np.log1p(np.exp(params[name]["w"])) for name in ("l1", "l2", "l3"))
+        h = w1 * t + params["l1"]["b"]
+        return h + (w3 / (1 + np.exp(-(w2 * h + params["l2"]["b"])))).mean()
+
+    for t in (0.1, 0.37, 0.9):
+        np.testing.assert_allclose(schedules.interior(PARAMS, jnp.asarray(t)), (f(t) - f(0)) / (f(1) - f(0)), rtol=1e-6)
+
+
+def test_a_learned_schedule_has_gradients_for_all_its_parameters():
+    """The interior's own parameters do not move its ends, and the two ends move the level in proportion to the share."""
+    slope = jax.jit(jax.grad(lambda params, t: logsnr(CURVE.at(params)(t))))
+    middle, end = slope(PARAMS, 0.3), slope(PARAMS, 1.0)
+    assert all(jnp.isfinite(a).all() and jnp.abs(a).max() > 0 for a in jax.tree.leaves(middle))
+    share = schedules.interior(PARAMS, 0.3)
+    np.testing.assert_allclose(middle["ends"], [1 - share, share], rtol=1e-4)
+    assert all(jnp.abs(a).max() < 1e-6 for name in ("l1", "l2", "l3") for a in jax.tree.leaves(end[name]))
+    _, rise = jax.jvp(lambda t: schedules.interior(PARAMS, t), (jnp.ones(()),), (jnp.ones(()),))
+    assert rise > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        ("cosine_beta", {"steps": 0}),
+        ("cosine_beta", {"s": -0.1}),
+        ("cosine_beta", {"largest": 1.0}),
+        ("sigmoid", {"tau": 0.0}),
+        ("sigmoid", {"start": 3.0}),
+        ("vp", {"beta_min": -1.0}),
+        ("vp", {"beta_min": 0.0, "beta_max": 0.0}),
+        ("subvp", {"beta_min": 30.0}),
+        ("ve", {"lo": 0.0}),
+        ("ve", {"lo": 2.0, "hi": 2.0}),
+        ("shifted", {"schedule": schedules.cosine, "ratio": 0.0}),
+        ("shifted", {"schedule": schedules.cosine, "ratio": float("nan")}),
+        ("shifted", {"schedule": CURVE, "ratio": 0.5}),
+        ("learned", {"lo": 1.0, "hi": 1.0}),
+        ("learned", {"lo": float("-inf"), "hi": 1.0}),
+        ("learned", {"lo": 0.0, "hi": 1.0, "features": 0}),
+    ],
+)
+def test_wrong_numbers_are_refused_in_one_line(name, bad):
+    with pytest.raises(ValueError, match=f"^{name} needs .*$"):
+        getattr(schedules, name)(**bad)
+
+
+def test_shifted_refuses_a_schedule_without_its_brackets():
+    with pytest.raises(ValueError, match="shifted needs a schedule"):
+        schedules.shifted(schedules.vp, 0.5)(0.5)
+
+
+def test_made_schedules_are_traced_arguments():
+    traces = []
+
+    @jax.jit
+    def alpha(schedule, t):
+        traces.append(1)
+        return schedule(t).alpha
+
+    a, b = (alpha(schedules.shifted(schedules.vp(0.1, most), ratio), 0.5) for most, ratio in ((20.0, 1.0), (10.0, 2.0)))
+    assert a < b and len(traces) == 1
 
 
 def test_linear_beta_is_a_traced_argument():

@@ -14,6 +14,16 @@ def test_a_bare_name_is_the_function_and_brackets_call_it():
     assert float(made(0.7).alpha) == float(want(0.7).alpha) != float(schedules.linear_beta(10)(0.7).alpha)
 
 
+def test_an_argument_may_be_a_name_or_a_call_again():
+    made = names.named(schedules, "shifted(linear_beta(10, last=0.5), ratio=0.5)", "k")
+    want = schedules.shifted(schedules.linear_beta(10, last=0.5), 0.5)
+    assert float(made(0.7).alpha) == float(want(0.7).alpha)
+    twice = names.named(schedules, "shifted(schedule=shifted(cosine, 0.5), ratio=2)", "k")
+    np.testing.assert_allclose(twice(0.3).alpha, schedules.cosine(0.3).alpha, rtol=1e-6)
+    function, args, kwargs = names.parse(schedules, "shifted(cosine, ratio=-1)", "k")
+    assert (function, args, kwargs) == (schedules.shifted, (schedules.cosine,), {"ratio": -1})
+
+
 def test_arguments_wait_for_the_rest():
     make = names.with_arguments(times, "strided(100, spacing='trailing')", "k")
     assert isinstance(make, functools.partial)
@@ -24,9 +34,17 @@ def test_arguments_wait_for_the_rest():
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("cosin", "process.schedule='cosin' is unknown; did you mean 'cosine'?; allowed: cosine, edm, linear_beta, straight"),
+        ("cosin", "process.schedule='cosin' is unknown; did you mean 'cosine'?; allowed: cosine, cosine_beta, edm, learned, "),
         ("linear_beta(steps=", "process.schedule='linear_beta(steps=' is not a name"),
-        ("linear_beta(steps=x)", "is not a name"),
+        ("linear_beta(steps=x)", "process.schedule='linear_beta(steps=x)': 'x' is unknown; allowed: cosine, "),
+        ("shifted(cosin, 0.5)", "process.schedule='shifted(cosin, 0.5)': 'cosin' is unknown; did you mean 'cosine'?; allowed: "),
+        ("shifted(linear_bet(3), 0.5)", ": 'linear_bet' is unknown; did you mean 'linear_beta'?"),
+        ("shiftd(cosine, 0.5)", "process.schedule='shiftd(cosine, 0.5)' is unknown; did you mean 'shifted'?"),
+        ("shifted(linear_beta(0), 0.5)", "'shifted(linear_beta(0), 0.5)': linear_beta needs steps >= 1"),
+        ("shifted(cosine, 0)", "'shifted(cosine, 0)': shifted needs a finite ratio > 0"),
+        ("shifted(learned(-1, 1), 2)", "shifted needs a schedule t -> Level, got Learned"),
+        ("shifted(os.system('true'), 1)", "is not a name"),
+        ("shifted(cosine.mro(), 1)", "is not a name"),
         ("os.system('true')", "is not a name"),
         ("linear_beta(stepz=3)", "unexpected keyword argument 'stepz'"),
         ("linear_beta(steps=0)", "steps >= 1"),

@@ -57,6 +57,12 @@ def test_train_then_go_on_then_sample(tmp_path):
     a, b = (np.asarray(Image.open(d / "samples" / "step_0000006.png")) for d in (whole, parts))
     assert (a == b).all() and len(np.unique(a)) > 20
 
+    figures = script("evaluate.py", f"--workdir={parts}", "--metrics=bpd_elbo,bpd_ode", "--num=5", "--terms=3", "--steps=3")
+    assert figures.returncode == 0, figures.stderr
+    assert "bpd_elbo: " in figures.stdout and "bpd_ode: " in figures.stdout and "on 5 images" in figures.stdout
+    wrong = script("evaluate.py", f"--workdir={parts}", "--metrics=bpd")
+    assert wrong.returncode == 2 and wrong.stderr.strip() == "evaluate.py: metrics='bpd' is unknown; allowed: bpd_elbo, bpd_ode"
+
     drawn = script("sample.py", f"--workdir={parts}", "--num=3", "--label=7", "--steps=2", f"--out={tmp_path}/x.npz")
     assert drawn.returncode == 0, drawn.stderr
     arrays = np.load(tmp_path / "x.npz")

@@ -11,7 +11,7 @@ def config(**changes) -> ConfigDict:
             steps=6,
             batch_size=8,
             data_dir="",
-            data=dict(name="digits", split="train", shape=(8, 8, 1), size=0, codec="pixels", flip=False),
+            data=dict(name="digits", split="train", shape=(8, 8, 1), size=0, codec="pixels", flip=False, augment=""),
             model=dict(
                 name="UNet",
                 channels=8,
@@ -25,7 +25,15 @@ def config(**changes) -> ConfigDict:
                 dtype="float32",
                 remat=False,
             ),
-            process=dict(schedule="cosine", target="v", draw="draw_uniform(0.001, 0.999)", data_std=1.0, drop_label=0.1),
+            process=dict(
+                schedule="cosine",
+                target="v",
+                draw="draw_uniform(0.001, 0.999)",
+                weight="unit",
+                loss="simple",
+                data_std=1.0,
+                drop_label=0.1,
+            ),
             optimizer=dict(name="adam", learning_rate=1e-2, schedule="linear_schedule(0, 1, 2)", clip=1.0),
             training=dict(
                 ema=(0.9, 0.99),

@@ -1,17 +1,72 @@
 """Networks in Flax linen: the only package that imports flax. Everything else sees `init` and `apply`."""
 
 import dataclasses
+import functools
 import math
 import sys
 from typing import Any
 
-import flax.linen as nn
-
 from jaxdiff.errors import InputError, nearest
-from jaxdiff.models.unet import LearnedSinusoidal, Sinusoidal, UNet
-from jaxdiff.names import named, whole
+from jaxdiff.models.parts import (
+    ADMBlock,
+    ADMDown,
+    Attention,
+    DDPMppAttention,
+    DDPMppBlock,
+    DDPMppDown,
+    DDPMppUp,
+    Down,
+    Embed,
+    Enter,
+    FourierEnter,
+    LearnedSinusoidal,
+    Leave,
+    OneHotEmbed,
+    ResBlock,
+    ResidualLeave,
+    Sinusoidal,
+    Up,
+    VDMBlock,
+)
+from jaxdiff.models.unet import Part, UNet
+from jaxdiff.names import parse, whole
 
-__all__ = ["LearnedSinusoidal", "Sinusoidal", "UNet"]
+__all__ = [
+    "ADMBlock",
+    "ADMDown",
+    "Attention",
+    "DDPMppAttention",
+    "DDPMppBlock",
+    "DDPMppDown",
+    "DDPMppUp",
+    "Down",
+    "Embed",
+    "Enter",
+    "FourierEnter",
+    "LearnedSinusoidal",
+    "Leave",
+    "OneHotEmbed",
+    "ResBlock",
+    "ResidualLeave",
+    "Sinusoidal",
+    "UNet",
+    "Up",
+    "VDMBlock",
+]
+
+# Which parts fit which role.
+PARTS: dict[str, tuple[type, ...]] = {
+    "time": (Sinusoidal, LearnedSinusoidal),
+    "embed": (Embed, OneHotEmbed),
+    "enter": (Enter, FourierEnter),
+    "block": (ResBlock, ADMBlock, DDPMppBlock, VDMBlock),
+    "attend": (Attention, DDPMppAttention),
+    "down": (Down, ADMDown, DDPMppDown),
+    "up": (Up, DDPMppUp),
+    "leave": (Leave, ResidualLeave),
+}
+# The fields of a part that the network fills in; a config may give the others.
+_GIVEN = {"parent", "name", "features", "channels", "dropout", "dtype", "heads", "classes", "augment", "time", "out_channels"}
 
 _TYPES = {f.name: f.type for f in dataclasses.fields(UNet) if f.name not in ("parent", "name")}
 # What a config's `model` group may hold.
@@ -21,7 +76,8 @@ FIELDS = ("name", *_TYPES)
 def build(config) -> UNet:
     """The network of a config's `model` group: `name`, and its fields; parts are named by their class.
 
-    Raises InputError for an unknown network, field or part, or a number that no network can have.
+    A part may be given numbers of its own, "Sinusoidal(rate=0.125)". Raises InputError for an unknown network, field or part, or a
+    number that no network can have.
     """
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in dict(config).items() if k != "name"}
     if config.name != "UNet":
@@ -31,20 +87,33 @@ def build(config) -> UNet:
     for key, value in fields.items():
         if key not in _TYPES:
             raise InputError(f"model.{key} is unknown{nearest(key, _TYPES)}; allowed: {', '.join(_TYPES)}")
-        if _TYPES[key] == type[nn.Module]:
-            fields[key] = named(sys.modules[__name__], value, f"model.{key}")
+        if key in PARTS:
+            fields[key] = _part(key, value)
     model = UNet(**fields)
     _check(model)
     return model
 
 
+def _part(key: str, text: str) -> Part:
+    """The class that `text` names among the parts of a role, holding the numbers it gives. Raises InputError for others."""
+    part, args, kwargs = parse(sys.modules[__name__], text, f"model.{key}", [p.__name__ for p in PARTS[key]])
+    own = [f.name for f in dataclasses.fields(part) if f.name not in _GIVEN]  # type: ignore[arg-type]
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in kwargs.values())
+    if args or not numbers or not set(kwargs) <= set(own):
+        takes = f"numbers by name: {', '.join(own)}" if own else "nothing in brackets"
+        raise InputError(f"model.{key}={text!r} does not fit: {part.__name__} takes {takes}")
+    return functools.partial(part, **kwargs) if kwargs else part
+
+
 def _check(model: UNet) -> None:
     """Raises InputError for a number that would fail inside the network, or be passed over there without a word."""
-    for key, least in (("channels", 1), ("blocks", 1), ("heads", 1), ("classes", 0)):
+    for key, least in (("channels", 1), ("blocks", 1), ("heads", 1), ("classes", 0), ("augment", 0)):
         if not whole(getattr(model, key), least):
             raise InputError(f"model.{key}={getattr(model, key)!r} is out of range; it is a whole number, at least {least}")
     if not isinstance(model.dropout, int | float) or not 0 <= model.dropout < 1:
         raise InputError(f"model.dropout={model.dropout!r} is out of range; it is at least 0 and below 1")
+    if not isinstance(model.attend_each, bool):
+        raise InputError(f"model.attend_each={model.attend_each!r} is out of range; it is True or False")
     levels, attention = model.multipliers, model.attention
     if not isinstance(levels, tuple) or not levels or not all(whole(m, 1) for m in levels):
         raise InputError(f"model.multipliers={levels!r} is out of range; it has one whole number a level, each at least 1")

@@ -1,0 +1,335 @@
+"""The parts of the U-Net: how it hears the noise level, its blocks, attention and resampling, what enters and what leaves.
+
+A part is a module that the skeleton (`unet.UNet`) calls by its role, always in the same way:
+
+    time(features)(logsnr [B]) -> [B, ...]                                   the noise level as features
+    embed(channels, classes, augment, time)(logsnr [B], cond) -> [B, 4 channels]     all that is not the image, as one vector
+    enter(channels, dtype)(x) -> h                                           the image, as features
+    block, down, up(channels, dropout, dtype)(h, embedding, train) -> h      at the same, half or twice the size
+    attend(heads, dtype)(h) -> h
+    leave(out_channels, dtype)(h, x) -> y                                    the output, float32
+
+What one family does otherwise is a class of its own beside the default, Ho et al.'s (DDPM appendix B). Parameters, norm statistics
+and embeddings are float32; convolutions and attention run in `dtype`.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+Dtype = Any
+
+# The logsnr of a 1000-step linear table spans 20; 50 a unit gives the frequencies DDPM has for its 1000 integer times.
+TIME_PER_LOGSNR = 50.0
+
+# DDPM: variance_scaling(1, fan_avg, uniform) everywhere, and zero where a residual branch or the network ends.
+INIT = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+ZERO = nn.initializers.zeros_init()
+
+
+def conv(
+    features: int, width: int, axes: int, dtype: Dtype, init=INIT, stride: int = 1, name: str | None = None, padding: Any = "SAME"
+) -> nn.Conv:
+    """A convolution over `axes` spatial axes; at stride 2, "SAME" pads right and bottom, as DDPM's TensorFlow did."""
+    return nn.Conv(features, (width,) * axes, (stride,) * axes, padding, dtype=dtype, kernel_init=init, name=name)
+
+
+def norm(channels: int, dtype: Dtype, name: str | None = None, epsilon: float = 1e-6) -> nn.GroupNorm:
+    """Group normalisation in 32 groups, fewer where a group would have under 4 channels; statistics in float32.
+
+    A group of one channel would take away all that the embedding adds: the network would not see the noise level.
+    """
+    groups = math.gcd(min(32, max(channels // 4, 1)), channels)
+    return nn.GroupNorm(groups, epsilon=epsilon, dtype=dtype, name=name)
+
+
+def double(x: Array) -> Array:
+    """Each position twice, along every spatial axis: [B, *space, C] -> [B, *(2 space), C]."""
+    for axis in range(1, x.ndim - 1):
+        x = jnp.repeat(x, 2, axis)
+    return x
+
+
+def halve(x: Array) -> Array:
+    """The mean of two neighbours, along every spatial axis: [B, *space, C] -> [B, *(space / 2), C]."""
+    return nn.avg_pool(x, (2,) * (x.ndim - 2), (2,) * (x.ndim - 2))
+
+
+class Sinusoidal(nn.Module):
+    """Sines and cosines of the logsnr at fixed, geometric frequencies: [B] -> [B, features]. Source: DDPM appendix B.
+
+    The highest frequency is `rate` a unit of logsnr, the lowest a 10000th of it. VDM's, 1000 over the range of its logsnr, is
+    rate = 54.6. EDM's, of c_noise = ln(sigma) / 4 = -logsnr / 8 (table 1), is rate = 0.125 but for signs.
+    """
+
+    features: int
+    rate: float = TIME_PER_LOGSNR
+
+    @nn.compact
+    def __call__(self, logsnr: Array) -> Array:
+        half = self.features // 2
+        frequencies = jnp.exp(-math.log(10000.0) / max(half - 1, 1) * jnp.arange(half, dtype=jnp.float32))
+        angle = self.rate * logsnr.astype(jnp.float32)[:, None] * frequencies[None]
+        embedding = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+        return jnp.pad(embedding, ((0, 0), (0, self.features % 2)))
+
+
+class LearnedSinusoidal(nn.Module):
+    """Sines and cosines at learned frequencies, with the logsnr itself: [B] -> [B, features + 1].
+
+    Source: the Fourier features of Tancik et al. 2020, eq. 3, with trained frequencies.
+    """
+
+    features: int
+
+    @nn.compact
+    def __call__(self, logsnr: Array) -> Array:
+        logsnr = logsnr.astype(jnp.float32)[:, None]
+        frequencies = self.param("frequencies", nn.initializers.normal(1.0), (1, self.features // 2), jnp.float32)
+        angle = logsnr * frequencies * 2 * jnp.pi
+        return jnp.concatenate([logsnr, jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+class Embed(nn.Module):
+    """The noise level, augmentation and label as one vector a sample: (logsnr [B], cond) -> float32 [B, 4 channels].
+
+    The label is a row of a table, added after the two layers; row 0 is the null label, -1, which a missing one means. With
+    `augment` > 0, cond["augment"] [B, augment] says how the image was changed, and a missing one that it was not: a linear map
+    without a bias, added to the features of the noise level. Source: DDPM appendix B; EDM appendix F.2 (augmentation).
+    """
+
+    channels: int
+    classes: int
+    augment: int
+    time: Any
+
+    @nn.compact
+    def __call__(self, logsnr: Array, cond: Any) -> Array:
+        cond = cond if isinstance(cond, Mapping) else {}
+        width, label = 4 * self.channels, jnp.broadcast_to(cond.get("label", -1), logsnr.shape)
+        h = self.time(self.channels, name="time")(logsnr)
+        if self.augment:
+            change = jnp.broadcast_to(cond.get("augment", 0.0), (*logsnr.shape, self.augment)).astype(jnp.float32)
+            h = h + nn.Dense(h.shape[-1], use_bias=False, kernel_init=INIT, name="augment")(change)
+        h = self.before(h, label)
+        h = nn.Dense(width, kernel_init=INIT, name="embed1")(h)
+        h = nn.Dense(width, kernel_init=INIT, name="embed2")(nn.silu(h))
+        return self.after(h, label)
+
+    def before(self, h: Array, label: Array) -> Array:
+        return h
+
+    def after(self, h: Array, label: Array) -> Array:
+        return h + nn.Embed(self.classes + 1, h.shape[-1], name="label")(label + 1) if self.classes else h
+
+
+class OneHotEmbed(Embed):
+    """Embed whose label is a linear map of one-hot vectors, added before the two layers; the null label is all zeros.
+
+    The vectors are scaled to a mean square of 1, as the features of the noise level have 1/2. Source: EDM appendix F.1.
+    """
+
+    def before(self, h: Array, label: Array) -> Array:
+        if not self.classes:
+            return h
+        one_hot = math.sqrt(self.classes) * jax.nn.one_hot(label, self.classes)
+        return h + nn.Dense(h.shape[-1], kernel_init=INIT, name="label")(one_hot)
+
+    def after(self, h: Array, label: Array) -> Array:
+        return h
+
+
+class Enter(nn.Module):
+    """A convolution of the image: [B, *space, C] -> [B, *space, channels]. Source: DDPM appendix B."""
+
+    channels: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return conv(self.channels, 3, x.ndim - 2, self.dtype, name="conv_in")(self.features(x).astype(self.dtype))
+
+    def features(self, x: Array) -> Array:
+        return x
+
+
+class FourierEnter(Enter):
+    """Enter of x together with sin(2^n pi x) and cos(2^n pi x), n = low ... high, in float32: a pixel's last bits made large.
+
+    Source: VDM appendix C, whose n are 7 and 8.
+    """
+
+    low: int = 7
+    high: int = 8
+
+    def features(self, x: Array) -> Array:
+        x = x.astype(jnp.float32)
+        angles = [2.0**n * math.pi * x for n in range(self.low, self.high + 1)]
+        return jnp.concatenate([x, *(jnp.sin(a) for a in angles), *(jnp.cos(a) for a in angles)], axis=-1)
+
+
+class ResBlock(nn.Module):
+    """norm, SiLU, conv, twice, with the embedding added in between and a shortcut around. Source: DDPM appendix B."""
+
+    channels: int
+    dropout: float = 0.0
+    dtype: Dtype = jnp.float32
+    epsilon: float = 1e-6
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Array, embedding: Array, train: bool) -> Array:
+        axes = x.ndim - 2
+        h = self.resample(nn.silu(norm(x.shape[-1], self.dtype, "norm1", self.epsilon)(x)))
+        h = conv(self.channels, 3, axes, self.dtype, name="conv1")(h)
+        h = nn.silu(self.condition(h, nn.silu(embedding)))
+        h = nn.Dropout(self.dropout, deterministic=not train)(h)
+        h = conv(self.channels, 3, axes, self.dtype, ZERO, name="conv2")(h)
+        if x.shape != h.shape:
+            x = nn.Dense(self.channels, dtype=self.dtype, kernel_init=INIT, name="shortcut")(self.resample(x))
+        return (x + h) * self.scale
+
+    def resample(self, h: Array) -> Array:
+        return h
+
+    def condition(self, h: Array, embedding: Array) -> Array:
+        """The embedding enters around the second norm."""
+        shift = nn.Dense(self.channels, dtype=self.dtype, kernel_init=INIT, name="embed")(embedding)
+        return self.norm2(h + _spread(shift, h))
+
+    def norm2(self, h: Array) -> Array:
+        return norm(self.channels, self.dtype, "norm2", self.epsilon)(h)
+
+
+class ADMBlock(ResBlock):
+    """ResBlock whose embedding scales and shifts what the second norm gives. Source: Nichol and Dhariwal 2021, appendix A."""
+
+    epsilon: float = 1e-5
+
+    def condition(self, h: Array, embedding: Array) -> Array:
+        both = nn.Dense(2 * self.channels, dtype=self.dtype, kernel_init=INIT, name="embed")(embedding)
+        scale, shift = jnp.split(_spread(both, h), 2, axis=-1)
+        return self.norm2(h) * (1 + scale) + shift
+
+
+class VDMBlock(ResBlock):
+    """ResBlock whose embedding comes through a linear map without a bias, zero at first. Source: VDM appendix B."""
+
+    def condition(self, h: Array, embedding: Array) -> Array:
+        shift = nn.Dense(self.channels, use_bias=False, dtype=self.dtype, kernel_init=ZERO, name="embed")(embedding)
+        return self.norm2(h + _spread(shift, h))
+
+
+class DDPMppBlock(ResBlock):
+    """ResBlock whose sum is scaled by sqrt(1/2), so that its variance stays. Source: Song et al. 2021, appendix H."""
+
+    scale: float = math.sqrt(0.5)
+
+
+class DDPMppDown(DDPMppBlock):
+    """Half the size by a block that averages neighbours after its first norm, and around. Source: Song et al. 2021, appendix H."""
+
+    def resample(self, h: Array) -> Array:
+        return halve(h)
+
+
+class DDPMppUp(DDPMppBlock):
+    """Twice the size by a block that repeats positions after its first norm, and around. Source: Song et al. 2021, appendix H."""
+
+    def resample(self, h: Array) -> Array:
+        return double(h)
+
+
+class Down(nn.Module):
+    """Half the size by a convolution of stride 2. Source: DDPM appendix B."""
+
+    channels: int
+    dropout: float = 0.0
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, embedding: Array, train: bool) -> Array:
+        return conv(self.channels, 3, x.ndim - 2, self.dtype, stride=2, name="conv")(x)
+
+
+class ADMDown(Down):
+    """Down whose convolution pads both sides by one, as the PyTorch of Nichol and Dhariwal 2021 does."""
+
+    @nn.compact
+    def __call__(self, x: Array, embedding: Array, train: bool) -> Array:
+        return conv(self.channels, 3, x.ndim - 2, self.dtype, stride=2, name="conv", padding=1)(x)
+
+
+class Up(nn.Module):
+    """Twice the size by repeating each position, then a convolution. Source: DDPM appendix B."""
+
+    channels: int
+    dropout: float = 0.0
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, embedding: Array, train: bool) -> Array:
+        return conv(self.channels, 3, x.ndim - 2, self.dtype, name="conv")(double(x))
+
+
+class Attention(nn.Module):
+    """Self-attention over all positions, with norm before and a residual around. Source: DDPM appendix B."""
+
+    heads: int = 1
+    dtype: Dtype = jnp.float32
+    epsilon: float = 1e-6
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        batch, channels = x.shape[0], x.shape[-1]
+        h = norm(channels, self.dtype, "norm", self.epsilon)(x).reshape(batch, -1, channels)
+        q, k, v = (
+            nn.Dense(channels, dtype=self.dtype, kernel_init=INIT, name=name)(h).reshape(
+                batch, -1, self.heads, channels // self.heads
+            )
+            for name in ("q", "k", "v")
+        )
+        h = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
+        return (x + nn.Dense(channels, dtype=self.dtype, kernel_init=ZERO, name="out")(h)) * self.scale
+
+
+class DDPMppAttention(Attention):
+    """Attention whose sum is scaled by sqrt(1/2). Source: Song et al. 2021, appendix H."""
+
+    scale: float = math.sqrt(0.5)
+
+
+class Leave(nn.Module):
+    """norm, SiLU and a convolution that is zero at first: (h, x) -> float32 [B, *space, out_channels]. Source: DDPM appendix B."""
+
+    out_channels: int
+    dtype: Dtype = jnp.float32
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, h: Array, x: Array) -> Array:
+        h = nn.silu(norm(h.shape[-1], self.dtype, "norm_out", self.epsilon)(h))
+        return conv(self.out_channels, 3, h.ndim - 2, self.dtype, ZERO, name="conv_out")(h).astype(jnp.float32)
+
+
+class ResidualLeave(Leave):
+    """Leave whose output is added to x itself, so that an eps model at first says that all is noise. Source: VDM, public code.
+
+    The output has the channels of x.
+    """
+
+    @nn.compact
+    def __call__(self, h: Array, x: Array) -> Array:
+        h = nn.silu(norm(h.shape[-1], self.dtype, "norm_out", self.epsilon)(h))
+        return x + conv(self.out_channels, 3, h.ndim - 2, self.dtype, ZERO, name="conv_out")(h).astype(jnp.float32)
+
+
+def _spread(vector: Array, h: Array) -> Array:
+    """[B, C] -> [B, 1, ..., 1, C], with the axes of h."""
+    return vector.reshape(vector.shape[0], *(1,) * (h.ndim - 2), -1)

@@ -1,0 +1,147 @@
+"""The CIFAR-10 configs hold the published networks: their parameters, counted through the config and once more by hand."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxdiff import models
+
+ROOT = Path(__file__).parent.parent
+GROUPS = {
+    "data": {"name", "split", "shape", "size", "codec", "flip", "augment"},
+    "process": {"schedule", "target", "draw", "weight", "loss", "data_std", "drop_label"},
+    "optimizer": {"name", "learning_rate", "schedule", "clip"},
+}
+
+# EDM table 2; Nichol and Dhariwal 2021; Song et al. 2021, as their public code builds them.
+PUBLISHED = {
+    "cifar_iddpm": 52_546_438,
+    "cifar_iddpm_vlb": 52_546_438,
+    "cifar_edm": 55_733_891,
+    "cifar_vdm": 30_577_667,
+    "cifar_score_sde": 61_804_419,
+    "cifar_subvp": 61_804_419,
+    "cifar_flow": 35_746_307,
+}
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def model_of(name, **changes):
+    config = load(name).get_config()
+    for key, value in changes.items():
+        config.model[key] = value
+    return config.model
+
+
+def parameters(model):
+    shapes = jax.eval_shape(models.build(model).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)), jnp.zeros(()))
+    return sum(a.size for a in jax.tree.leaves(shapes))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_each_config_has_the_published_parameters(name):
+    module = load(name)
+    config = module.get_config()
+    assert f"--config=configs/{name}.py" in module.__doc__ and "Measured here: not yet" in " ".join(module.__doc__.split())
+    assert f"{PUBLISHED[name]:,}" in module.__doc__ or name in ("cifar_iddpm_vlb", "cifar_subvp")
+    assert set(config.model) <= set(models.FIELDS)
+    for group, keys in GROUPS.items():
+        assert set(config[group]) == keys
+    assert parameters(config.model) == PUBLISHED[name]
+
+
+def test_edms_class_conditional_network():
+    assert parameters(model_of("cifar_edm", classes=10)) == 55_735_299
+
+
+def test_songs_deep_network():
+    assert parameters(model_of("cifar_subvp", blocks=8)) == 106_632_579
+
+
+# By hand, from the papers' descriptions alone.
+
+
+def conv(i, o, taps=9):
+    return i * o * taps + o
+
+
+def norm(c):
+    return 2 * c
+
+
+def attention(c):
+    return norm(c) + 4 * conv(c, c, 1)
+
+
+def block(i, o, shortcut=None, embed=None):
+    """A residual block; a shortcut is there where channels change, or where asked; `embed` weighs the embedding's layer."""
+    embed = 512 * o + o if embed is None else embed
+    shortcut = i != o if shortcut is None else shortcut
+    return norm(i) + conv(i, o) + embed + norm(o) + conv(o, o) + shortcut * conv(i, o, 1)
+
+
+def mlp(width=128):
+    return conv(width, 512, 1) + conv(512, 512, 1)
+
+
+def test_song_et_als_count_by_hand():
+    c = 256
+    down = 4 * block(128, 128) + block(128, 128, True)  # 32x32, and the block that halves
+    down += block(128, c) + 3 * block(c, c) + 4 * attention(c) + block(c, c, True)  # 16x16
+    down += 4 * block(c, c) + block(c, c, True) + 4 * block(c, c)  # 8x8, 4x4
+    middle = 2 * block(c, c) + attention(c)
+    up = 5 * block(2 * c, c) + block(c, c, True)  # 4x4
+    up += 5 * block(2 * c, c) + block(c, c, True)  # 8x8
+    up += 4 * block(2 * c, c) + block(c + 128, c) + attention(c) + block(c, c, True)  # 16x16; attention after the last alone
+    up += block(c + 128, 128) + 4 * block(256, 128)
+    assert mlp() + conv(3, 128) + down + middle + up + norm(128) + conv(128, 3) == PUBLISHED["cifar_score_sde"]
+
+
+def test_edms_count_by_hand():
+    c = 256
+    down = block(128, c) + 3 * block(c, c) + block(c, c, True)  # 32x32
+    down += 4 * block(c, c) + 4 * attention(c) + block(c, c, True)  # 16x16
+    down += 4 * block(c, c)  # 8x8
+    middle = 2 * block(c, c) + attention(c)
+    up = 5 * block(2 * c, c) + block(c, c, True)
+    up += 5 * block(2 * c, c) + attention(c) + block(c, c, True)
+    up += 4 * block(2 * c, c) + block(c + 128, c)
+    total = mlp() + 9 * 128 + conv(3, 128) + down + middle + up + norm(c) + conv(c, 3)
+    assert total == PUBLISHED["cifar_edm"]
+    assert total + conv(10, 128, 1) == 55_735_299  # one-hot labels into the 128 features of the noise level
+
+
+def test_vdms_count_by_hand():
+    """Their public code has 514 more: a scalar condition, always 0 on CIFAR-10 (512), and the schedule's two ends."""
+    same = block(128, 128, embed=512 * 128)
+    up = block(256, 128, embed=512 * 128)
+    fourier = 3 + 3 * 2 * 2  # x, and the sine and cosine of two frequencies
+    total = mlp() + conv(fourier, 128) + 32 * same + 2 * same + attention(128) + 33 * up + norm(128) + conv(128, 3)
+    assert total == PUBLISHED["cifar_vdm"]
+
+
+def test_improved_ddpms_count_by_hand():
+    c = 256
+
+    def scaled(i, o):
+        return block(i, o, embed=512 * 2 * o + 2 * o)
+
+    down = 3 * scaled(128, 128) + conv(128, 128)
+    down += scaled(128, c) + 2 * scaled(c, c) + 3 * attention(c) + conv(c, c)  # 16x16
+    down += 3 * scaled(c, c) + 3 * attention(c) + conv(c, c)  # 8x8
+    down += 3 * scaled(c, c)
+    middle = 2 * scaled(c, c) + attention(c)
+    up = 4 * scaled(2 * c, c) + conv(c, c)
+    up += 4 * scaled(2 * c, c) + 4 * attention(c) + conv(c, c)
+    up += 3 * scaled(2 * c, c) + scaled(c + 128, c) + 4 * attention(c) + conv(c, c)
+    up += scaled(c + 128, 128) + 3 * scaled(256, 128)
+    assert mlp() + conv(3, 128) + down + middle + up + norm(128) + conv(128, 6) == PUBLISHED["cifar_iddpm"]

@@ -1,0 +1,246 @@
+"""The parts of the U-Net: each does what its paper says, and any set of them makes a network."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from test_unet import count, image, random_like, shapes, woken
+
+from jaxdiff import models
+from jaxdiff.errors import InputError
+from jaxdiff.models import parts
+from jaxdiff.models.unet import UNet
+
+DDPMPP = {
+    "block": parts.DDPMppBlock,
+    "attend": parts.DDPMppAttention,
+    "down": parts.DDPMppDown,
+    "up": parts.DDPMppUp,
+    "embed": parts.OneHotEmbed,
+    "time": functools.partial(parts.Sinusoidal, rate=0.125),
+    "attend_each": False,
+}
+ADM = {
+    "block": parts.ADMBlock,
+    "attend": functools.partial(parts.Attention, epsilon=1e-5),
+    "down": parts.ADMDown,
+    "leave": functools.partial(parts.Leave, epsilon=1e-5),
+}
+VDM = {"block": parts.VDMBlock, "enter": parts.FourierEnter, "leave": parts.ResidualLeave}
+FAMILIES = pytest.mark.parametrize("family", [DDPMPP, ADM, VDM], ids=["ddpmpp", "adm", "vdm"])
+TINY = {"channels": 8, "multipliers": (1, 1), "blocks": 1, "attention": (1,), "classes": 3, "augment": 9}
+
+
+def close(a, b, **tolerance):
+    np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), **{"atol": 1e-5} | tolerance)
+
+
+def woken_embed(embed):
+    return random_like(jax.eval_shape(lambda: embed.init(jax.random.key(0), jnp.zeros(1), None)))
+
+
+def called(part, *args, params=None):
+    """A part on its arguments, with random parameters or the given ones: (output, parameters)."""
+    if params is None:
+        params = random_like(jax.eval_shape(lambda: part.init(jax.random.key(0), *args)))
+    return part.apply(params, *args), params
+
+
+@FAMILIES
+def test_a_network_of_any_family(family):
+    model, x = UNet(**TINY | family, dropout=0.5), image(4, 4, 4, 3)
+    x = jnp.broadcast_to(x[:1], x.shape)
+    params = woken(model, x)
+    run = jax.jit(lambda snr, cond: model.apply(params, x, snr, cond))
+    change = jnp.zeros((4, 9))
+    label = jnp.asarray([0, 1, -1, -1])
+    out = run(jnp.zeros(()), {"label": label, "augment": change.at[3, 4].set(1.0)})
+    assert out.shape == x.shape and out.dtype == jnp.float32 and jnp.isfinite(out).all()
+    for i in range(4):
+        for j in range(i):
+            assert jnp.abs(out[i] - out[j]).max() > 1e-4, (i, j)  # labels and augmentation are seen
+    assert jnp.abs(run(jnp.ones(()), {"label": label, "augment": change}) - out).max() > 1e-4  # and the noise level
+    # What a condition does not say is no label and no augmentation.
+    close(model.apply(params, x[:3], jnp.zeros(()), {"label": label[:3]}), out[:3])
+    close(model.apply(params, x[:1], jnp.zeros(()))[0], out[2])
+    embed = model.embed(8, 3, 9, model.time)
+    params = woken_embed(embed)
+    close(embed.apply(params, jnp.zeros(1), {"augment": change[:1]}), embed.apply(params, jnp.zeros(1), {"label": -1}))
+
+
+@FAMILIES
+def test_rematerialisation_and_low_precision_of_any_family(family):
+    """What rematerialisation saves, and its gradients, are in test_training; here, that every part takes it, in training too."""
+    x, key = image(1, 4, 4, 3), jax.random.key(1, impl="rbg")
+    fields = TINY | family | {"attention": (), "dropout": 0.5}
+    params = woken(UNet(**fields), x)
+
+    def run(**changes):
+        model = UNet(**fields, **changes)
+        return jax.jit(lambda p: model.apply(p, x, jnp.zeros(()), None, train=True, rngs={"dropout": key}))(params)
+
+    plain, again, low = run(), run(remat=True), run(dtype=jnp.bfloat16)
+    close(plain, again)
+    assert low.dtype == jnp.float32
+    assert 1e-6 < jnp.abs(low - plain).max() / jnp.abs(plain).max() < 0.1
+
+
+@FAMILIES
+@pytest.mark.parametrize("axes", [1, 3])
+def test_any_number_of_axes(family, axes):
+    model, x = UNet(**TINY | family), jnp.zeros((2, *(4,) * axes, 3))
+    params = shapes(model, x)
+    out = jax.eval_shape(model.apply, params, x, jnp.zeros(()), {"label": jnp.zeros(2, int), "augment": jnp.zeros((2, 9))})
+    assert out.shape == x.shape and out.dtype == jnp.float32
+    assert {a.dtype for a in jax.tree.leaves(params)} == {np.dtype("float32")}
+
+
+def test_where_the_attention_is_and_how_the_parameters_are_named():
+    params = shapes(UNet(**TINY | DDPMPP | {"blocks": 2}), jnp.zeros((1, 4, 4, 3)))["params"]
+    attention = sorted(name.removesuffix("_attention") for name in params if name.endswith("_attention"))
+    assert attention == ["down1_0", "down1_1", "middle", "up1_2"]
+    assert {"augment", "conv_in", "conv_out", "embed1", "embed2", "label", "norm_out"} <= set(params)
+    assert params["label"]["kernel"].shape == (3, 8) and "bias" not in params["augment"]
+    assert set(params["down0"]) == {"norm1", "conv1", "embed", "norm2", "conv2", "shortcut"}
+
+
+def test_an_augmentation_adds_its_linear_map_alone():
+    x = jnp.zeros((1, 4, 4, 3))
+    without = {k: v for k, v in TINY.items() if k != "augment"}
+    assert count(shapes(UNet(**TINY), x)) - count(shapes(UNet(**without), x)) == 9 * 8
+
+
+def test_a_network_that_adds_its_input_says_it_at_first():
+    model, x = UNet(**TINY | VDM | {"multipliers": (1,), "attention": ()}), image(2, 4, 4, 3)
+    params = jax.jit(model.init)(jax.random.key(0, impl="rbg"), x, jnp.zeros(()))
+    np.testing.assert_array_equal(model.apply(params, x, jnp.zeros(())), x)
+    assert not any(block["embed"]["kernel"].any() for name, block in params["params"].items() if "block" in name)
+
+
+def test_a_scale_and_shift_of_nothing_is_a_shift_of_nothing():
+    x, embedding = image(2, 4, 4, 8), image(2, 32)
+    out, params = called(parts.ADMBlock(8, epsilon=1e-6), x, embedding, False)
+    assert params["params"]["embed"]["kernel"].shape == (32, 16)
+    with_nothing = {"params": {**params["params"], "embed": jax.tree.map(jnp.zeros_like, params["params"]["embed"])}}
+    a, _ = called(parts.ADMBlock(8, epsilon=1e-6), x, embedding, False, params=with_nothing)
+    with_nothing["params"]["embed"] = {"kernel": jnp.zeros((32, 8)), "bias": jnp.zeros(8)}
+    b, _ = called(parts.ResBlock(8), x, embedding, False, params=with_nothing)
+    assert jnp.abs(a - out).max() > 1e-3
+    close(a, b)
+
+
+def test_scale_and_shift_come_after_the_norm():
+    x = image(2, 4, 4, 8)
+    _, params = called(parts.ADMBlock(8), x, jnp.zeros((2, 32)), False)
+    p = dict(params["params"])
+    # scale -1 and shift s leave silu(s) everywhere: the last convolution sees a constant.
+    s = jnp.linspace(-1, 1, 8)
+    p["embed"] = {"kernel": jnp.zeros((32, 16)), "bias": jnp.concatenate([-jnp.ones(8), s])}
+    out, _ = called(parts.ADMBlock(8), x, jnp.zeros((2, 32)), False, params={"params": p})
+    centre = jnp.einsum("hwio,i->o", p["conv2"]["kernel"], jax.nn.silu(s)) + p["conv2"]["bias"]
+    close((out - x)[:, 1:-1, 1:-1], jnp.broadcast_to(centre, (2, 2, 2, 8)))
+
+
+def test_blocks_that_resample_average_and_repeat_on_both_ways():
+    x, embedding = image(2, 4, 6, 8), image(2, 32)
+    mean = np.asarray(x).reshape(2, 2, 2, 3, 2, 8).mean((2, 4))
+    twice = np.asarray(x).repeat(2, 1).repeat(2, 2)
+    close(parts.halve(x), mean)
+    close(parts.double(x), twice)
+    for part, small in ((parts.DDPMppDown(8), mean), (parts.DDPMppUp(8), twice)):
+        out, params = called(part, x, embedding, False)
+        p = dict(params["params"])
+        assert out.shape == small.shape
+        p["conv2"] = jax.tree.map(jnp.zeros_like, p["conv2"])
+        shortcut, _ = called(part, x, embedding, False, params={"params": p})
+        kernel, bias = (np.asarray(p["shortcut"][name]) for name in ("kernel", "bias"))
+        close(shortcut, (small @ kernel + bias) * np.sqrt(0.5), atol=1e-4)
+
+
+def test_a_sum_scaled_by_the_root_of_a_half():
+    x, embedding = image(2, 4, 4, 8), image(2, 32)
+    out, params = called(parts.ResBlock(8), x, embedding, False)
+    close(called(parts.DDPMppBlock(8), x, embedding, False, params=params)[0], out * np.sqrt(0.5))
+    out, params = called(parts.Attention(2), x)
+    close(called(parts.DDPMppAttention(2), x, params=params)[0], out * np.sqrt(0.5))
+
+
+@pytest.mark.parametrize("part, first", [(parts.Down, 0), (parts.ADMDown, -1)])
+def test_strided_convolutions_pad_as_their_frameworks_did(part, first):
+    x = image(1, 8, 1)
+    kernel = jnp.zeros((3, 1, 1)).at[0].set(1.0)  # the first tap of three
+    params = {"params": {"conv": {"kernel": kernel, "bias": jnp.zeros(1)}}}
+    out, _ = called(part(1), x, jnp.zeros((1, 4)), False, params=params)
+    padded = np.pad(np.asarray(x)[0, :, 0], (1, 1))
+    close(out[0, :, 0], padded[[1 + first + 2 * i for i in range(4)]])
+
+
+def test_fourier_features_show_the_last_bits_of_a_pixel():
+    x = jnp.asarray([[[100 / 127.5 - 1], [101 / 127.5 - 1]]], jnp.float32)
+    got = parts.FourierEnter(4).features(x)
+    want = np.concatenate(
+        [x, *(np.sin(2**n * np.pi * np.asarray(x)) for n in (7, 8)), *(np.cos(2**n * np.pi * np.asarray(x)) for n in (7, 8))], -1
+    )
+    close(got, want, atol=1e-4)
+    assert parts.FourierEnter(4, jnp.bfloat16).features(x.astype(jnp.bfloat16)).dtype == jnp.float32
+    params = shapes(UNet(**TINY | VDM), jnp.zeros((1, 4, 4, 3)))["params"]
+    assert params["conv_in"]["kernel"].shape == (3, 3, 15, 8)
+
+
+def test_the_rate_an_embedding_turns_at():
+    """EDM's features of c_noise = ln(sigma) / 4 at alpha = 1, where the logsnr is -2 ln(sigma)."""
+    sigma = np.asarray([0.002, 0.3, 80.0])
+    got = parts.Sinusoidal(16, rate=0.125).apply({}, jnp.asarray(-2 * np.log(sigma), jnp.float32))
+    angle = np.log(sigma)[:, None] / 4 / 10000 ** (np.arange(8) / 7)
+    close(got, np.concatenate([-np.sin(angle), np.cos(angle)], -1))
+
+
+def test_one_hot_labels_enter_before_the_layers():
+    part = parts.OneHotEmbed(8, 3, 0, parts.Sinusoidal)
+    snr = jnp.zeros(4)
+    out, params = called(part, snr, {"label": jnp.asarray([0, 1, 2, -1])})
+    p = params["params"]
+    for i, label in enumerate((0, 1, 2, None)):
+        h = parts.Sinusoidal(8).apply({}, snr[:1])[0] + p["label"]["bias"]
+        h = h if label is None else h + np.sqrt(3) * p["label"]["kernel"][label]
+        h = jax.nn.silu(h @ p["embed1"]["kernel"] + p["embed1"]["bias"]) @ p["embed2"]["kernel"] + p["embed2"]["bias"]
+        close(out[i], h)
+    assert "label" not in called(parts.OneHotEmbed(8, 0, 0, parts.Sinusoidal), snr, None)[1]["params"]
+
+
+def built(**fields):
+    return models.build(ConfigDict({"name": "UNet", "channels": 8, "multipliers": (1,), "attention": ()} | fields))
+
+
+def test_parts_are_named_in_configs_and_may_hold_numbers():
+    assert set(models.__all__) == {"UNet", *(part.__name__ for row in models.PARTS.values() for part in row)}
+    for role, row in models.PARTS.items():
+        for part in row:
+            assert getattr(built(**{role: part.__name__}), role) is part
+            assert getattr(built(**{role: f"{part.__name__}()"}), role) is part
+    model = built(time="Sinusoidal(rate=0.125)", enter="FourierEnter(low=3, high=5)")
+    close(model.time(4).apply({}, jnp.ones(1)), parts.Sinusoidal(4, 0.125).apply({}, jnp.ones(1)))
+    assert shapes(model, jnp.zeros((1, 4, 4, 3)))["params"]["conv_in"]["kernel"].shape[2] == 3 + 3 * 2 * 3
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"block": "ADMBlok"}, "model.block='ADMBlok' is unknown; did you mean 'ADMBlock'?; allowed: ADMBlock, "),
+        ({"block": "Attention"}, "model.block='Attention' is unknown"),
+        ({"time": "UNet"}, "model.time='UNet' is unknown"),
+        ({"block": "ADMBlock(3)"}, "model.block='ADMBlock(3)' does not fit: ADMBlock takes numbers by name: epsilon, scale"),
+        ({"block": "ADMBlock(channels=3)"}, "takes numbers by name: epsilon, scale"),
+        ({"block": "ADMBlock(epsilon='a')"}, "takes numbers by name"),
+        ({"up": "Up(scale=2)"}, "Up takes nothing in brackets"),
+        ({"augment": -1}, "model.augment=-1 is out of range; it is a whole number, at least 0"),
+        ({"attend_each": 1}, "model.attend_each=1 is out of range; it is True or False"),
+    ],
+)
+def test_parts_that_cannot_be_are_refused_in_one_line(fields, said):
+    with pytest.raises(InputError) as error:
+        built(**fields)
+    assert said in str(error.value) and "\n" not in str(error.value)
