@@ -226,3 +226,29 @@ def test_two_processes_share_a_workdir_stop_together_and_go_on(tmp_path):
 def rows_alone(workdir):
     assert script("train.py", *TINY, "--config.steps=2", f"--workdir={workdir}").returncode == 0
     return losses(workdir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "process",
+    [
+        ("loss=vlb", "draw=draw_importance(20, history=1)", "schedule=linear_beta(20)", "target=eps"),
+        ("loss=bound", "draw=draw_uniform(0.0, 1.0)", "schedule=learned(-6.0, 8.0, features=16)", "target=eps"),
+    ],
+    ids=["importance", "learned-schedule"],
+)
+def test_what_training_carries_besides_parameters_goes_on_too(tmp_path, process):
+    flags = [*TINY, *(f"--config.process.{key}" for key in process)]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for command in (
+        [*flags, f"--workdir={whole}"],
+        [*flags, "--config.steps=3", f"--workdir={parts}"],
+        [*flags, f"--workdir={parts}"],
+    ):
+        done = script("train.py", *command)
+        assert done.returncode == 0, done.stderr
+    assert losses(parts)[6] == losses(whole)[6]
+    a, b = (np.asarray(Image.open(d / "samples" / "step_0000006.png")) for d in (whole, parts))
+    assert (a == b).all()
+    figures = script("evaluate.py", f"--workdir={parts}", "--metrics=bpd_elbo,bpd_ode", "--num=3", "--terms=3", "--steps=3")
+    assert figures.returncode == 0 and "bpd_ode: " in figures.stdout, figures.stderr
