@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -60,6 +61,13 @@ def test_train_then_go_on_then_sample(tmp_path):
     figures = script("evaluate.py", f"--workdir={parts}", "--metrics=bpd_elbo,bpd_ode", "--num=5", "--terms=3", "--steps=3")
     assert figures.returncode == 0, figures.stderr
     assert "bpd_elbo: " in figures.stdout and "bpd_ode: " in figures.stdout and "on 5 images" in figures.stdout
+    row = json.loads(next((parts / "evaluation").glob("bpd_elbo*.json")).read_text())
+    shutil.rmtree(parts / "evaluation")
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "NPROC": "16"}
+    split = script("evaluate.py", f"--workdir={parts}", "--num=5", "--terms=3", **devices)
+    assert "4 cpu device(s)" in split.stdout, split.stderr
+    again = json.loads(next((parts / "evaluation").glob("bpd_elbo*.json")).read_text())
+    assert again.pop("bits_per_dim") == pytest.approx(row.pop("bits_per_dim"), rel=1e-5) and again["n"] == row["n"] == 5
     wrong = script("evaluate.py", f"--workdir={parts}", "--metrics=bpd")
     assert wrong.returncode == 2 and wrong.stderr.strip() == "evaluate.py: metrics='bpd' is unknown; allowed: bpd_elbo, bpd_ode"
 
