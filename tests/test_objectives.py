@@ -153,7 +153,7 @@ def test_a_learned_curve_s_ends_follow_the_bound_and_its_interior_the_variance()
                     "process.schedule": "learned(-6.0, 8.0, features=16)",
                     "process.draw": "draw_uniform(0.0, 1.0)",
                 },
-                {"process.weight": "elbo"},
+                {"process.weight": "elbo", "process.draw": "draw_uniform(0.1, 0.9)"},
                 {
                     "process.schedule": "edm",
                     "process.target": "edm(0.5)",
