@@ -278,6 +278,8 @@ def test_integers_and_a_start_without_data_are_refused():
 def test_a_second_call_with_other_levels_does_not_compile_again():
     import chex
 
+    chex.clear_trace_counter()
+
     @jax.jit
     @chex.assert_max_traces(n=1)
     def bits(denoise, x0, levels):

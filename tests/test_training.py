@@ -20,6 +20,8 @@ def trained():
     c = config()
     built = experiment.build(c)
     optimizer = training.make_optimizer(c.optimizer)
+    # chex counts by where a function is made; a worker may make this fixture twice.
+    chex.clear_trace_counter()
     step = jax.jit(chex.assert_max_traces(training.make_step(built, optimizer), n=1))
     # Restored arrays are committed to a device, which newer JAX traces for once more, as a new process does anyway.
     resumed = jax.jit(training.make_step(built, optimizer))
