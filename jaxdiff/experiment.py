@@ -64,7 +64,8 @@ class Experiment(NamedTuple):
     {"image": uint8 [B, H, W, C], "label": int32 [B]} at once: what accumulation then cuts up is the same however many pieces it
     cuts. `loss(params, extra, key, example) -> (loss of each example [B], extra, metrics)`, where metrics hold numbers [] or one a
     sample [B], and among those "logsnr". `extra` is the initial value of what training carries besides the parameters;
-    `net(params, cond, key=None) -> Net`, where a key turns dropout on; `schedule(params) -> Schedule`.
+    `net(params, cond, key=None) -> Net`, where a key turns dropout on; `schedule(params) -> Schedule`, of None the one
+    before training. `draw` and `objective` are what the config names.
     """
 
     init: Callable[[Array], Params]
@@ -78,6 +79,8 @@ class Experiment(NamedTuple):
     shape: tuple[int, ...]
     data_std: float
     classes: int
+    draw: times.Draw | times.Adaptive
+    objective: Objective
 
 
 def build(config) -> Experiment:
@@ -165,7 +168,9 @@ def build(config) -> Experiment:
         return each, extra, {**told, "logsnr": jax.lax.stop_gradient(logsnr(along(t)).reshape(-1))}
 
     extra = draw.init() if isinstance(draw, times.Adaptive) else ()
-    return Experiment(init, prepare, loss, extra, net, schedule, target, codec, shape, process.data_std, config.model.classes)
+    return Experiment(
+        init, prepare, loss, extra, net, schedule, target, codec, shape, process.data_std, config.model.classes, draw, objective
+    )
 
 
 def optional(config, group: str, name: str) -> Any:
@@ -218,12 +223,13 @@ def _shape(config) -> tuple[int, ...]:
 def _check_objective(config, objective: Objective, schedule: Schedule, target, draw, learns: Learned | None) -> None:
     """Raises InputError for an objective that this process cannot have."""
     text, process = optional(config, "process", "loss"), config.process
-    problem = objectives.problem_with(objective, text, draw.steps, learns)
-    if problem:
-        raise InputError(problem)
-    if text == "simple":
+    if objective.table and draw.steps < 2:
+        raise InputError(f"process.loss={text!r} needs a table of at least 2 steps; set process.draw to draw_table(1000), say")
+    if learns is not None and not objective.curve:
+        raise InputError(f"process.loss={text!r} does not train a learned schedule; allowed with one: bound")
+    if not (objective.table or objective.curve):
         return
-    # The bound needs the prediction, not just the target.
+    # A bound needs the prediction, not just the target.
     for t in (draw.first, draw.last):
         level = schedule(jnp.asarray(t))
         if np.asarray(determinant(target, level)) == 0:

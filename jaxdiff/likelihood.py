@@ -216,7 +216,7 @@ def continuous_elbo(
     """
     if not first < last or terms < 1:
         raise ValueError(f"continuous_elbo needs first < last and at least 1 term, got {first=}, {last=}, {terms=}")
-    _check(x0, Level(*(a[::-1] for a in _float_levels(schedule, first, last))), 2)
+    _check(x0, schedule(jnp.linspace(last, first, 3)), 2)
     denoise, keys = partial(denoise), sample_keys(key, x0.shape[0])
     ones = (1,) * (x0.ndim - 1)
 
@@ -240,12 +240,20 @@ def diffusion_term(denoise: Denoiser, schedule: Schedule, t: Array, x0: Array, e
 
     Source: VDM eq. 17.
     """
-    level, rate = jax.jvp(lambda t: (lambda at: (at, logsnr(at)))(schedule(t)), (t,), (jnp.ones_like(t),))
-    level, slope = level[0], rate[1]
-    p = denoise(diffuse(level, x0, eps), level)
-    # The error of x0 where there is more noise than data, of eps elsewhere: the other way round is a difference of equals.
-    error = jnp.where(level.alpha < level.sigma, (p.x0 - x0) * level.alpha / level.sigma, eps - p.eps)
-    return -slope * jnp.square(error) / 2
+
+    def along(t):
+        level = schedule(t)
+        return logsnr(level), level
+
+    _, slope, level = jax.jvp(along, (t,), (jnp.ones_like(t),), has_aux=True)
+    return -slope * jnp.square(eps_error(denoise(diffuse(level, x0, eps), level), level, x0, eps)) / 2
+
+
+def eps_error(prediction: Prediction, level: Level, x0: Array, eps: Array) -> Array:
+    """eps less its prediction, [B, ...], without loss of digits at any level; x0 and eps are the true ones."""
+    # From the error of x0 where there is more noise than data: there eps and its prediction are nearly equal, elsewhere x0's are.
+    from_data = (prediction.x0 - x0) * level.alpha / level.sigma
+    return jnp.where(level.alpha < level.sigma, from_data, eps - prediction.eps)
 
 
 def hutchinson(key: Array, f: Callable[[Array], Array], x: Array) -> tuple[Array, Array]:
@@ -420,10 +428,6 @@ def _check(x0: Array, levels: Level, least: int) -> None:
         raise ValueError(
             "a likelihood needs levels that fall from noise to data: the log signal-to-noise ratio must rise all the way"
         )
-
-
-def _float_levels(schedule: Schedule, first: float, last: float) -> Level:
-    return schedule(jnp.linspace(first, last, 3))
 
 
 def _known(a: Any, holds: Callable[[np.ndarray], Any]) -> bool:

@@ -14,8 +14,18 @@ from jax.tree_util import Partial
 
 from jaxdiff.denoiser import Net, denoiser, network_input
 from jaxdiff.level import Level, Prediction, diffuse
-from jaxdiff.likelihood import bayes_decoder, bits_per_dim, diffusion_term, discretised_decoder, learned, prior_kl, step_kl
-from jaxdiff.schedules import Learned, Schedule, interior, of_logsnr
+from jaxdiff.likelihood import (
+    bayes_decoder,
+    bits_per_dim,
+    diffusion_term,
+    discretised_decoder,
+    eps_error,
+    learned,
+    prior_kl,
+    step_kl,
+)
+from jaxdiff.losses import denoising_loss
+from jaxdiff.schedules import Schedule, interior, of_logsnr
 from jaxdiff.targets import Target, invert, regress
 
 Array = jax.Array
@@ -45,12 +55,14 @@ class Problem(NamedTuple):
 class Objective(NamedTuple):
     """`loss(problem, x0, eps, t) -> (loss of each sample [B], metrics)`, with x0 and eps [B, ...] and t [B, 1, ..., 1].
 
-    `outputs` is how many numbers the network says of an entry, 2 with a learned variance; `table` whether t must be a table's rows.
+    `outputs` is how many numbers the network says of an entry, 2 with a learned variance; `table` whether t must be a table's rows;
+    `curve` whether it can train a learned schedule.
     """
 
     outputs: int
     loss: Callable[[Problem, Array, Array, Array], tuple[Array, dict[str, Array]]]
     table: bool = False
+    curve: bool = False
 
 
 def simple() -> Objective:
@@ -82,7 +94,7 @@ def bound() -> Objective:
     Of a learned schedule the ends follow the bound's gradient; to the rest the bound does not react, and it follows the gradient of
     the squared diffusion term, whose mean is the estimate's variance. Source: VDM eqs. 11, 14, 17 and appendix I.2.
     """
-    return Objective(1, _bound)
+    return Objective(1, _bound, curve=True)
 
 
 def split_output(outputs: int, y: Array) -> tuple[Array, Any]:
@@ -102,14 +114,11 @@ def _predict(problem: Problem, x: Array, level: Level) -> tuple[Array, Predictio
     return y, invert(problem.target, level, x, y)._replace(aux=aux)
 
 
-def _error(problem: Problem, y: Array, x0: Array, eps: Array, t: Array, level: Level) -> Array:
-    return _mean(problem.weight(t) * jnp.square(y.astype(x0.dtype) - regress(problem.target, level, x0, eps)))
-
-
 def _simple(problem, x0, eps, t):
     level = problem.schedule(t)
-    y, _ = problem.net(*network_input(diffuse(level, x0, eps), level, problem.data_std))
-    return _error(problem, y, x0, eps, t, level), {}
+    unused = jax.random.key(0)  # the noise is given
+    each = denoising_loss(unused, problem.net, problem.target, x0, level, eps, lambda level: problem.weight(t), problem.data_std)
+    return each, {}
 
 
 def _vlb(problem, x0, eps, t):
@@ -123,7 +132,8 @@ def _hybrid(share, problem, x0, eps, t):
     x = diffuse(level, x0, eps)
     y, p = _predict(problem, x, level)
     held = Prediction(*map(jax.lax.stop_gradient, p[:2]), p.aux)
-    error, term = _error(problem, y, x0, eps, t, level), _term(problem, x0, x, t, held)
+    error = _mean(problem.weight(t) * jnp.square(y.astype(x0.dtype) - regress(problem.target, level, x0, eps)))
+    term = _term(problem, x0, x, t, held)
     return error + share * term, {"simple": error, "vlb": term}
 
 
@@ -165,8 +175,7 @@ def _diffusion_of_a_learned_curve(curve, denoise, t, x0, eps):
     def term(share, slope):
         fall = curve["ends"][0] - curve["ends"][1]
         level = of_logsnr(curve["ends"][0] - fall * share)
-        p = denoise(diffuse(level, x0, eps), level)
-        error = jnp.where(level.alpha < level.sigma, (p.x0 - x0) * level.alpha / level.sigma, eps - p.eps)
+        error = eps_error(denoise(diffuse(level, x0, eps), level), level, x0, eps)
         return _mean(fall * slope * jnp.square(error) / 2)
 
     share, slope = jax.jvp(lambda t: interior(curve, t), (t,), (jnp.ones_like(t),))
@@ -178,12 +187,3 @@ def _diffusion_of_a_learned_curve(curve, denoise, t, x0, eps):
     by_slope = diffusion / _mean(held_slope)
     moves = frozen(by_share) * _mean(share - held) + frozen(by_slope) * _mean(slope - held_slope)
     return diffusion, frozen(2 * diffusion) * moves
-
-
-def problem_with(objective: Objective, text: str, steps: int, curve: Learned | None) -> str | None:
-    """What is wrong with an objective for this process, or None."""
-    if objective.table and steps < 2:
-        return f"process.loss={text!r} needs a table of at least 2 steps; set process.draw to draw_table(1000), say"
-    if curve is not None and objective.loss is not _bound:
-        return f"process.loss={text!r} does not train a learned schedule; allowed with one: bound"
-    return None

@@ -11,12 +11,12 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxdiff import codec as codecs
-from jaxdiff import guidance, likelihood, names, objectives, schedules, times
+from jaxdiff import guidance, likelihood, schedules, times
 from jaxdiff import mesh as meshes
 from jaxdiff.data import Dataset
 from jaxdiff.denoiser import denoiser
 from jaxdiff.errors import InputError
-from jaxdiff.experiment import Experiment, optional
+from jaxdiff.experiment import Experiment
 from jaxdiff.level import Level, logsnr
 from jaxdiff.likelihood import Bits
 from jaxdiff.targets import determinant
@@ -59,8 +59,7 @@ def estimator(metric: str, config, experiment: Experiment, params: Any, settings
 
 
 def _bpd_elbo(config, experiment, params, settings):
-    draw = names.named(times, config.process.draw, "process.draw")
-    objective = names.named(objectives, _called(optional(config, "process", "loss")), "process.loss")
+    draw, outputs = experiment.draw, experiment.objective.outputs
     clip = config.sampling.clip
     bounds = codecs.ends(experiment.codec, experiment.shape)
 
@@ -70,7 +69,7 @@ def _bpd_elbo(config, experiment, params, settings):
     if draw.steps:
         levels = times.grid(experiment.schedule(params), times.strided(draw.steps, draw.steps))
         _determined(config, experiment, levels)
-        variance = likelihood.learned if objective.outputs > 1 else likelihood.small
+        variance = likelihood.learned if outputs > 1 else likelihood.small
         terms = settings.terms if 0 < settings.terms < draw.steps - 1 else 0
 
         def discrete(params, denoise, keys, images):
@@ -79,7 +78,7 @@ def _bpd_elbo(config, experiment, params, settings):
             )
 
         of = f"{terms} of {draw.steps - 1}" if terms else f"all {draw.steps - 1}"
-        kind = "learned" if objective.outputs > 1 else "small fixed"
+        kind = "learned" if outputs > 1 else "small fixed"
         return discrete, f"variational bound of {draw.steps} steps, {kind} variance, {of} terms an image, discretised decoder"
 
     ends = np.array([draw.last, draw.first])
@@ -103,8 +102,7 @@ def _bpd_elbo(config, experiment, params, settings):
 
 
 def _bpd_ode(config, experiment, params, settings):
-    draw = names.named(times, config.process.draw, "process.draw")
-    ends = times.grid(experiment.schedule(params), np.array([draw.last, draw.first]))
+    ends = times.grid(experiment.schedule(params), np.array([experiment.draw.last, experiment.draw.first]))
     lo, hi = np.asarray(logsnr(Level(*(jnp.asarray(a) for a in ends))), np.float64)
     # The flow's density depends on where it begins and ends, not on the way between: an even one in logsnr is the smoothest.
     levels = times.grid(schedules.of_logsnr, np.linspace(max(lo, NOISIEST), hi, settings.steps + 1))
@@ -182,10 +180,6 @@ def _summary(each: np.ndarray) -> dict[str, float | None]:
 def _determined(config, experiment: Experiment, levels: Level) -> None:
     if (np.asarray(determinant(experiment.target, Level(*(jnp.asarray(a) for a in levels)))) == 0).any():
         raise InputError(f"process.target={config.process.target!r} says nothing at a level of the grid, where alpha or sigma is 0")
-
-
-def _called(text: str) -> str:
-    return text if "(" in text else f"{text}()"
 
 
 def _kept(file) -> np.ndarray | None:
