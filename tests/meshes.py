@@ -1,11 +1,13 @@
 """Trains a tiny network for 20 steps on the mesh and processes given on the command line, and prints what came out as JSON.
 
-python tests/meshes.py '[2, 4]' [PORT PROCESSES PROCESS]      # XLA_FLAGS=--xla_force_host_platform_device_count=8
+python tests/meshes.py '[2, 4]' [PORT PROCESSES PROCESS FOLDER]      # XLA_FLAGS=--xla_force_host_platform_device_count=8
 """
 
 import faulthandler
 import json
 import sys
+import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,11 +20,18 @@ from jaxdiff.training import init_state, make_optimizer, make_step
 from jaxdiff.training.dryrun import state_bytes
 
 
+def meet(folder: Path, processes: int, process: int, name: str) -> None:
+    """Waits for every process: collectives of the CPU give up when one comes 30 s after another, as with a slow compile."""
+    (folder / f"{name}_{process}").touch()
+    while len(list(folder.glob(f"{name}_*"))) < processes:
+        time.sleep(0.05)
+
+
 def main() -> None:
     faulthandler.dump_traceback_later(400, exit=True)  # a deadlock is to say where
     shape = json.loads(sys.argv[1])
     if len(sys.argv) > 2:
-        port, processes, process = (int(a) for a in sys.argv[2:])
+        port, processes, process = (int(a) for a in sys.argv[2:5])
         meshes.connect(f"127.0.0.1:{port}", processes, process)
     # Wide enough that kernels are split; without dropout, whose numbers XLA may draw per device.
     c = config(
@@ -45,9 +54,12 @@ def main() -> None:
     step = jax.jit(make_step(built, optimizer), donate_argnums=1, out_shardings=(shardings, meshes.replicated(mesh)))
     with jax.set_mesh(mesh):
         state = jax.jit(init, out_shardings=shardings)(key)
-        losses = []
-        for i in range(20):
-            state, told = step(key, state, meshes.put(mesh, 16, lambda part, n, i=i: data.batch_at(digits, 0, i, 16, part, n)))
+        batches = [meshes.put(mesh, 16, lambda part, n, i=i: data.batch_at(digits, 0, i, 16, part, n)) for i in range(20)]
+        compiled, losses = step.lower(key, state, batches[0]).compile(), []
+        if len(sys.argv) > 2:
+            meet(Path(sys.argv[5]), processes, process, "compiled")
+        for batch in batches:
+            state, told = compiled(key, state, batch)
             losses.append(float(jax.block_until_ready(told)["loss"]))  # fake devices deadlock where steps pile up
         images = runs.of(c, built, state.ema["0.9"]).generate(jax.random.key(1), 5, steps=3, label=[0, 1, 2, 3, 4], guidance=1.5)
     params = meshes.fetch(state.params)

@@ -25,10 +25,10 @@ def start(shape, devices, *processes):
     return subprocess.Popen(args, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def result(process):
-    out, err = process.communicate(timeout=500)
-    assert process.returncode == 0, err[-3000:]
-    return json.loads(out.splitlines()[-1])
+def results(*processes):
+    told = [process.communicate(timeout=500) for process in processes]
+    assert not any(process.returncode for process in processes), "\n\n".join(err[-3000:] for _, err in told)
+    return [json.loads(out.splitlines()[-1]) for out, _ in told]
 
 
 def same(a, b):
@@ -40,13 +40,13 @@ def same(a, b):
 
 @pytest.fixture(scope="module")
 def alone():
-    return result(start((1, 1), 1))
+    return results(start((1, 1), 1))[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(8, 1), (1, 8), (2, 4)])
 def test_twenty_steps_are_the_same_on_every_mesh_and_the_state_shrinks_with_fsdp(shape, alone):
-    many = result(start(shape, 8))
+    [many] = results(start(shape, 8))
     same(many, alone)
     ratio = many["bytes"] / alone["bytes"]
     # What stays whole is small: biases and norms.
@@ -54,15 +54,14 @@ def test_twenty_steps_are_the_same_on_every_mesh_and_the_state_shrinks_with_fsdp
 
 
 @pytest.mark.slow
-def test_two_processes_of_two_devices_are_one_process_of_four(alone):
+def test_two_processes_of_two_devices_are_one_process_of_four(alone, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    pair = [start((2, 2), 2, port, 2, i) for i in range(2)]
-    first, second = (result(process) for process in pair)
+    first, second = results(*(start((2, 2), 2, port, 2, i, tmp_path) for i in range(2)))
     assert first == second
     same(first, alone)
-    one = result(start((2, 2), 4))
+    [one] = results(start((2, 2), 4))
     same(first, one)
     assert first["bytes"] == one["bytes"]
 

@@ -203,7 +203,7 @@ def pair(workdir, *more):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu", "NPROC": "16"}
     args = [sys.executable, "train.py", *TINY, "--config.training.mesh=(2, 2)", f"--workdir={workdir}", *more]
     args += [f"--coordinator=127.0.0.1:{port}", "--processes=2"]
     return [
