@@ -22,7 +22,7 @@ from jaxdiff.errors import InputError
 from jaxdiff.level import Level, Prediction, beta_std, diffuse, learned_std, logsnr, posterior_std
 from jaxdiff.run import Run, load
 from jaxdiff.sampling import prior, sample, sample_keys, solve
-from jaxdiff.solvers import Solver
+from jaxdiff.solvers import Solver, wrappers
 from jaxdiff.times import grid
 
 __version__ = "0.1.0"
@@ -61,4 +61,5 @@ __all__ = [
     "targets",
     "times",
     "weights",
+    "wrappers",
 ]

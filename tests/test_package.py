@@ -22,10 +22,16 @@ def imported(path):
 
 def test_algorithm_files_import_jax_numpy_and_each_other_only():
     allowed = {"jax", "numpy", "collections", "typing"}
-    for name in ALGORITHMS:
-        for module in imported(PACKAGE / f"{name}.py"):
+    files = [
+        path
+        for name in ALGORITHMS
+        for path in (PACKAGE.glob(f"{name}/*.py") if (PACKAGE / name).is_dir() else [PACKAGE / f"{name}.py"])
+    ]
+    assert len(files) > len(ALGORITHMS)
+    for path in files:
+        for module in imported(path):
             top, *rest = module.split(".")
-            assert top in allowed or (top == "jaxdiff" and rest[0] in ALGORITHMS), f"{name}.py imports {module}"
+            assert top in allowed or (top == "jaxdiff" and rest[0] in ALGORITHMS), f"{path.name} imports {module}"
 
 
 def test_flax_stays_inside_models():

@@ -10,8 +10,9 @@ from oracles import flow, gaussian, known, ones, zeros
 
 from jaxdiff import schedules, solvers, targets, times
 from jaxdiff.denoiser import denoiser
-from jaxdiff.level import Level, beta_std, posterior_std
+from jaxdiff.level import Level, Prediction, beta_std, posterior_std
 from jaxdiff.sampling import sample, solve
+from jaxdiff.solvers import wrappers
 
 BETA = np.linspace(1e-4, 0.02, 1000)
 ALPHA_BAR = np.concatenate([[1.0], np.cumprod(1 - BETA)])
@@ -93,15 +94,13 @@ def test_line_separates_the_mean_from_the_noise(x64):
     t, s = (schedules.straight(jnp.asarray(a)) for a in (0.8, 0.5))
     d = known(jnp.full((1, 2), 0.3))
     x = np.asarray([[1.0, -2.0]])
-    mean, _ = step(solvers.line(d, 1, posterior_std, noise=zeros), x, t, s)
-    same, _ = step(solvers.line(d, 1, posterior_std, noise=ones), x, t, s)
+    mean, _ = step(solvers.line(d, posterior_std, noise=zeros), x, t, s)
+    same, _ = step(solvers.line(d, posterior_std, noise=ones), x, t, s)
     np.testing.assert_allclose(same - mean, posterior_std(t, s), rtol=1e-9)
-    learned, _ = step(solvers.line(d, 1, posterior_std, lambda t, s, p: p.x0**2, ones), x, t, s)
+    learned, _ = step(solvers.line(d, posterior_std, lambda t, s, p: p.x0**2, ones), x, t, s)
     np.testing.assert_allclose(learned - mean, 0.09, rtol=1e-9)
-    all_noise, _ = step(solvers.line(d, 1, lambda t, s, p: s.sigma * (1 + 1e-12), noise=zeros), x, t, s)
+    all_noise, _ = step(solvers.line(d, lambda t, s, p: s.sigma * (1 + 1e-12), noise=zeros), x, t, s)
     np.testing.assert_allclose(all_noise, s.alpha * 0.3)  # a hair more than all of eps is all of it, not NaN
-    with pytest.raises(ValueError, match="order 1 or 2"):
-        solvers.line(d, 3)
 
 
 def test_ddim_without_eta_ignores_its_key():
@@ -220,10 +219,8 @@ def test_dpmpp_2m_is_the_published_recursion(curve, eta, x64):
     x = np.random.default_rng(4).standard_normal((4, 3)) * np.hypot(alpha[0], sigma[0])
     d = gaussian(0.4, 0.3)
     want = dpmpp_2m_plain(x, alpha, sigma, eta)
-    std = posterior_std if eta else solvers.deterministic
-    for solver in (solvers.dpmpp_2m(d, eta, ones), solvers.line(d, 2, std, noise=ones)):
-        got = sample(jax.random.key(0), solver, jnp.asarray(x), levels)
-        np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-10)
+    got = sample(jax.random.key(0), solvers.dpmpp_2m(d, eta, ones), jnp.asarray(x), levels)
+    np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-10)
 
 
 def test_dpmpp_2m_from_pure_noise_takes_first_order_steps_until_it_has_history(x64):
@@ -273,22 +270,205 @@ CURVES = {  # schedule, and n -> a grid of n smooth steps
 }
 
 
-def measured_order(make, curve, steps):
-    """log2 of how much the error at the last level falls from `steps` to 2 `steps`, on anisotropic Gaussian data."""
+def measured_order(make, curve, steps, history=0):
+    """log2 of how much the error at the last level falls from `steps` to 2 `steps`, on anisotropic Gaussian data.
+
+    The first `history` steps begin on the exact path, so that what a multistep solver remembers is exact; its first steps, of lower
+    order, would else cap what is measured.
+    """
     schedule, grid = CURVES[curve]
     mean, var = np.asarray([[0.5, -0.2, 0.0]]), np.asarray([[0.2, 1.5, 4.0]])
-    start = schedule(jnp.asarray(grid(1)[0]))
-    x = np.random.default_rng(7).standard_normal((4, 3)) * np.asarray(jnp.hypot(start.alpha, start.sigma))
-    errors = []
+    solver, errors = make(gaussian(mean, var)), []
+    keys, step = jax.random.split(jax.random.key(0), 4), jax.jit(solver.step)
     for n in (steps, 2 * steps):
-        levels = schedule(jnp.asarray(grid(n)))
-        state, _ = jax.jit(solve)(jax.random.key(0), make(gaussian(mean, var)), jnp.asarray(x), levels)
-        exact = flow(mean, var, x, *(jax.tree.map(lambda a, i=i: np.asarray(a)[i], levels) for i in (0, -1)))
-        errors.append(np.sqrt(np.mean((np.asarray(state.x) - exact) ** 2)))
+        levels = [jax.tree.map(lambda a, i=i: a[i], schedule(jnp.asarray(grid(n)))) for i in range(n + 1)]
+        x = np.random.default_rng(7).standard_normal((4, 3)) * np.asarray(jnp.hypot(*levels[0]))
+        exact = [jnp.asarray(flow(mean, var, x, levels[0], level)) for level in (*levels[: history + 1], levels[-1])]
+        state = solver.init(exact[0])
+        for i in range(n):
+            if 0 < i <= history:
+                state = state._replace(x=exact[i], **({"before": exact[i - 1]} if hasattr(state, "before") else {}))
+            state, _ = step(keys, state, levels[i], levels[i + 1])
+        errors.append(np.sqrt(np.mean((np.asarray(state.x) - exact[-1]) ** 2)))
     return np.log2(errors[0] / errors[1])
 
 
+def of_order(make, order):
+    return lambda d: make(d, order=order)
+
+
 @pytest.mark.parametrize("curve", CURVES)
-@pytest.mark.parametrize(("make", "order"), [(solvers.ddim, 1), (solvers.dpmpp_2m, 2), (solvers.heun, 2)])
+@pytest.mark.parametrize(
+    ("make", "order"),
+    [
+        (solvers.ddim, 1),
+        (lambda d: solvers.euler_maruyama(d, 0.0), 1),
+        (solvers.dpmpp_2m, 2),
+        (solvers.heun, 2),
+        (solvers.dpm2, 2),
+        (solvers.dpmpp_2s, 2),
+    ],
+    ids=["ddim", "euler_maruyama", "dpmpp_2m", "heun", "dpm2", "dpmpp_2s"],
+)
 def test_measured_order_of_convergence(make, order, curve, x64):
-    assert abs(measured_order(make, curve, 96 if curve == "linear_beta" else 128) - order) < 0.15
+    assert (
+        abs(measured_order(make, curve, 96 if curve == "linear_beta" else 128, 1 if make is solvers.dpmpp_2m else 0) - order) < 0.15
+    )
+
+
+@pytest.mark.parametrize("curve", ["edm", "user"])
+@pytest.mark.parametrize(
+    ("make", "order", "history"),
+    [
+        (solvers.dpmpp_3m_corrected, 3, 2),
+        *((of_order(solvers.deis, k), k, k - 1) for k in (1, 2, 3, 4)),
+        *((of_order(solvers.lms, k), k, k - 1) for k in (1, 2, 3, 4)),
+        # The corrector adds one order, as its paper proves.
+        *((of_order(solvers.unipc, k), k + 1, k) for k in (1, 2, 3)),
+    ],
+    ids=["3m", *(f"deis{k}" for k in (1, 2, 3, 4)), *(f"lms{k}" for k in (1, 2, 3, 4)), *(f"unipc{k}" for k in (1, 2, 3))],
+)
+def test_measured_order_of_multistep_solvers_with_exact_history(make, order, history, curve, x64):
+    assert abs(measured_order(make, curve, 128, history) - order) < 0.15
+
+
+@pytest.mark.parametrize("curve", ["edm", "user"])
+def test_dpmpp_3m_as_published_is_not_of_third_order(curve, x64):
+    assert 1.4 < measured_order(solvers.dpmpp_3m, curve, 128, 2) < 2.2
+
+
+@pytest.mark.parametrize("make", [of_order(solvers.deis, 5), of_order(solvers.lms, 0), of_order(solvers.unipc, 4)])
+def test_an_order_that_there_is_not_is_refused(make):
+    with pytest.raises(ValueError, match=r"has order 1 to [34], got [045]"):
+        make(gaussian(0.0, 1.0))
+
+
+def test_averages_under_an_exponential_are_the_phi_functions(x64):
+    """phi_1, phi_2, phi_3 of Hochbruck and Ostermann, in extended precision, at exponents small and large."""
+    from jaxdiff.solvers.base import POINTS, under_exponential
+
+    for z in (1e-3, 0.1, 1.0, -2.0, 8.0, 25.0):
+        r = (np.arange(100000, dtype=np.longdouble) + 0.5) / 100000
+        density = np.exp(z * (r - (z > 0)))
+        w = np.asarray(under_exponential(jnp.asarray(z)))
+        for power in (1, 2, 3):
+            assert abs(w @ POINTS**power - float((density * r**power).sum() / density.sum())) < 1e-8, (z, power)
+
+
+# --- wrappers and stochastic solvers --------------------------------------------------------------------------------------
+
+
+STOCHASTIC = {  # a solver, the levels that make its bias small, and how near its deviation then is
+    "ddpm": (solvers.ddpm, 400, 0.02),
+    "ddim, eta": (lambda d: solvers.ddim(d, 0.5), 400, 0.02),
+    "euler_ancestral": (solvers.euler_ancestral, 400, 0.02),
+    "dpm2_ancestral": (solvers.dpm2_ancestral, 400, 0.02),
+    "dpmpp_2s": (lambda d: solvers.dpmpp_2s(d, 1.0), 400, 0.02),
+    "dpmpp_2s_ancestral": (solvers.dpmpp_2s_ancestral, 400, 0.02),
+    "dpmpp_2m": (lambda d: solvers.dpmpp_2m(d, 1.0), 200, 0.02),
+    "dpmpp_3m": (lambda d: solvers.dpmpp_3m(d, 1.0), 200, 0.02),
+    "dpmpp_3m_corrected": (lambda d: solvers.dpmpp_3m_corrected(d, 1.0), 100, 0.02),
+    "churned": (solvers.churned, 100, 0.02),
+    "churned dpmpp_2m": (lambda d: solvers.churned(d, solvers.dpmpp_2m, 0.05, (0.0, 100.0), 1.0), 200, 0.02),
+    "corrected": (lambda d: solvers.corrected(d, solvers.ddim, 0.1), 400, 0.02),
+    "euler_maruyama": (solvers.euler_maruyama, 800, 0.02),
+    "annealed_langevin": (lambda d: solvers.annealed_langevin(d, 0.05, 20), 300, 0.03),
+}
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_stochastic_solvers_have_the_datas_mean_and_covariance(name):
+    make, steps, tolerance = STOCHASTIC[name]
+    mean, var = jnp.asarray([[0.5, -1.0]]), jnp.asarray([[0.3, 2.0]])
+    levels = times.grid(schedules.edm, times.karras(steps, 0.01, 60.0))
+    x = 60.0 * jax.random.normal(jax.random.key(1), (10000, 2))
+    got = np.asarray(jax.jit(sample)(jax.random.key(2), make(gaussian(mean, var)), x, levels), np.float64)
+    covariance = np.cov(got.T)
+    np.testing.assert_allclose(got.mean(0), mean[0], atol=0.05)
+    # A variance of 10,000 samples is known to 1.4%.
+    np.testing.assert_allclose(np.diag(covariance), var[0], rtol=2 * tolerance + 0.03)
+    assert abs(covariance[0, 1]) < 0.04
+
+
+def test_a_wrapped_solver_forgets_what_it_remembered():
+    d = gaussian(0.4, 0.3)
+    t, s, u = (Level(jnp.ones(()), jnp.asarray(a)) for a in (3.0, 2.0, 1.0))
+    x, keys = jnp.ones((2, 3)), jax.random.split(jax.random.key(0), 2)
+    inner = solvers.dpmpp_2m(d)
+    for wrapped in (
+        wrappers.ancestral(inner, 1.0),
+        wrappers.langevin(inner, d, 0.1),
+        wrappers.churn(inner, 0.1),
+    ):
+        state, _ = wrapped.step(keys, wrapped.init(x), t, s)
+        assert type(state) is type(inner.init(x))
+        after, _ = wrapped.step(keys, state, s, u)
+        again, _ = wrapped.step(keys, wrapped.init(state.x), s, u)
+        np.testing.assert_array_equal(after.x, again.x)
+    plain, _ = inner.step(keys, inner.step(keys, inner.init(x), t, s)[0], s, u)
+    forgetful, _ = inner.step(keys, inner.init(inner.step(keys, inner.init(x), t, s)[0].x), s, u)
+    assert (jnp.abs(plain.x - forgetful.x) > 1e-4).all()
+
+
+def test_churn_leaves_levels_outside_its_range_alone():
+    d = gaussian(0.4, 0.3)
+    levels = times.grid(schedules.edm, times.karras(6, 0.1, 10.0))
+    x = jax.random.normal(jax.random.key(0), (3, 4))
+
+    def run(between):
+        return sample(jax.random.key(1), wrappers.churn(solvers.heun(d), 0.3, between), x, levels)
+
+    np.testing.assert_array_equal(run((20.0, 30.0)), sample(jax.random.key(1), solvers.heun(d), x, levels))
+    assert (run((0.0, 30.0)) != run((20.0, 30.0))).all()
+
+
+def test_consistency_sampling_of_a_consistency_function_is_exact():
+    """Of the flow's own end point as x0, every step ends on the data's distribution."""
+    mean, var = 0.5, 0.3
+    origin = Level(jnp.ones(()), jnp.zeros(()))
+    ends = jax.tree_util.Partial(lambda x, level: solvers.base.with_x0(x, level, flow_jnp(mean, var, x, level, origin)))
+    levels = times.grid(schedules.edm, [80.0, 5.0, 0.5])
+    x = 80.0 * jax.random.normal(jax.random.key(0), (20000, 1))
+    got = sample(jax.random.key(1), solvers.consistency(ends), x, levels)
+    np.testing.assert_allclose([got.mean(), got.var()], [mean, var], rtol=0.04)
+
+
+def flow_jnp(mean, var, x, t, s):
+    stretch = jnp.sqrt((s.alpha**2 * var + s.sigma**2) / (t.alpha**2 * var + t.sigma**2))
+    return s.alpha * mean + stretch * (x - t.alpha * mean)
+
+
+# --- the adaptive solver --------------------------------------------------------------------------------------------------
+
+
+def test_adaptive_reaches_the_accuracy_it_is_asked_for_and_each_sample_takes_its_own_steps(x64):
+    mean, var = jnp.asarray([[0.5, -0.2]]), jnp.asarray([[0.2, 1.5]])
+    levels = schedules.edm(jnp.asarray([40.0, 0.02]))
+    x = 40 * np.random.default_rng(3).standard_normal((5, 2)) * np.asarray([[1.0], [1.0], [1.0], [1.0], [5.0]])
+    t, s = (jax.tree.map(lambda a, i=i: np.asarray(a)[i], levels) for i in (0, 1))
+    exact, errors, evaluations = flow(mean, var, x, t, s), [], []
+    for tolerance in (1e-2, 1e-4, 1e-6):
+        solver = solvers.adaptive(gaussian(mean, var), tolerance, tolerance)
+        state, _ = jax.jit(solve)(jax.random.key(0), solver, jnp.asarray(x), levels)
+        errors.append(float(np.abs(np.asarray(state.x) - exact).max()))
+        evaluations.append(np.asarray(state.evaluations))
+        one, _ = jax.jit(solve)(jax.random.key(0), solver, jnp.asarray(x[1:2]), levels)
+        np.testing.assert_allclose(one.x, state.x[1:2], rtol=1e-9)  # alone as among others
+        assert one.evaluations[0] == state.evaluations[1]
+    assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-4
+    assert (evaluations[2] > evaluations[0]).all() and (np.unique(evaluations[1]).size > 1) and (evaluations[0] % 3 == 0).all()
+
+
+def test_adaptive_ends_whatever_the_denoiser_says(x64):
+    nan = jax.tree_util.Partial(lambda x, level: Prediction(x * jnp.nan, x * jnp.nan))
+    levels = schedules.edm(jnp.asarray([40.0, 0.02]))
+    state, _ = jax.jit(solve)(jax.random.key(0), solvers.adaptive(nan, most=20), jnp.ones((2, 3)), levels)
+    assert jnp.isnan(state.x).all() and (state.evaluations <= 3 * 21).all()
+
+
+def test_adaptive_starts_from_pure_noise():
+    d = gaussian(0.4, 0.3)
+    levels = times.grid(schedules.cosine, [1.0, 0.01])
+    x = jax.random.normal(jax.random.key(0), (5000, 1))
+    got = sample(jax.random.key(1), solvers.adaptive(d), x, levels)
+    np.testing.assert_allclose([got.mean(), got.var()], [0.4, 0.3 * x.var()], rtol=0.06)

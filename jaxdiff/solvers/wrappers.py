@@ -1,0 +1,78 @@
+"""Functions from solver to solver: noise added between steps or corrections made there. Each forgets a multistep history."""
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from jaxdiff.denoiser import Denoiser, partial
+from jaxdiff.level import Level, posterior_std
+from jaxdiff.solvers.base import Noise, Solver, fold, kept, langevin_step, with_noise
+
+Array = jax.Array
+
+
+def ancestral(solver: Solver, eta: float | Array = 1.0, noise: Noise = jax.random.normal) -> Solver:
+    """Steps to a level below s, of deviation sqrt(sigma_s^2 - std^2), and adds noise of std = eta posterior_std to reach s.
+
+    Source: k-diffusion's ancestral samplers; with `ddim` it is DDIM's own eta.
+    """
+    return solver._replace(step=Partial(_ancestral, *solver, jnp.asarray(eta, float), partial(noise)))
+
+
+def _ancestral(init, step, final, eta, noise, keys, state, t, s):
+    std = eta * posterior_std(t, s)
+    state, p = step(fold(keys, 1), state, t, Level(s.alpha, kept(std, s)))
+    return init(with_noise(noise, keys, state.x, std)), p
+
+
+def churn(
+    solver: Solver,
+    gamma: float | Array,
+    between: tuple[float, float] = (0.0, float("inf")),
+    scale: float | Array = 1.0,
+    noise: Noise = jax.random.normal,
+) -> Solver:
+    """Raises sigma by the share gamma before each step whose sigma / alpha lies in `between`, by noise of deviation `scale`.
+
+    `gamma` is a step's, min(S_churn / N, sqrt(2) - 1) in N steps. Source: EDM algorithm 2, lines 4 to 6.
+    """
+    lo, hi = between
+    return solver._replace(step=Partial(_churn, *solver, jnp.asarray(gamma, float), lo, hi, scale, partial(noise)))
+
+
+def _churn(init, step, final, gamma, lo, hi, scale, noise, keys, state, t, s):
+    relative = t.sigma / jnp.maximum(t.alpha, jnp.finfo(t.alpha.dtype).tiny)
+    gamma = jnp.where((relative >= lo) & (relative <= hi), gamma, 0)
+    raised = Level(t.alpha, t.sigma * (1 + gamma))
+    std = t.sigma * jnp.sqrt(gamma * (gamma + 2)) * scale
+
+    def churned():
+        return init(with_noise(noise, keys, state.x, std))
+
+    state = jax.lax.cond(jnp.any(gamma > 0), churned, lambda: state)
+    return step(fold(keys, 1), state, raised, s)
+
+
+def langevin(
+    solver: Solver, denoise: Denoiser, ratio: float | Array = 0.16, steps: int = 1, noise: Noise = jax.random.normal
+) -> Solver:
+    """Predictor and corrector: after each step of `solver`, `steps` of Langevin dynamics at the level reached.
+
+    Their length is 2 (ratio sigma_s alpha_t / alpha_s)^2. The source has |noise| / |score| for sigma, both means over a batch,
+    which would tie the samples of one together; the ratio is sigma wherever the noise that is left fills the space. Source: Song et
+    al. 2021, algorithms 2 to 5, with `ratio` their r, "snr" in the code.
+    """
+    step = Partial(_langevin, *solver, partial(denoise), jnp.asarray(ratio, float), jnp.arange(steps), partial(noise))
+    return solver._replace(step=step)
+
+
+def _langevin(init, step, final, denoise, ratio, numbers, noise, keys, state, t, s):
+    state, p = step(fold(keys, 1), state, t, s)
+
+    size = 2 * jnp.square(ratio * t.alpha / s.alpha)
+
+    def correct(x, n):
+        return langevin_step(noise, fold(keys, n + 2), denoise(x, s), x, s, size), None
+
+    x, _ = jax.lax.scan(correct, state.x, numbers)
+    return init(x), p
