@@ -1,6 +1,8 @@
 """Draws from a trained model:  python sample.py --workdir=DIR [--num --steps --solver --guidance --label --seed --out]
 
-A PNG grid, or with --out=FILE.npz the arrays `images` (uint8 [N, H, W, C]) and, for a model with classes, `labels`.
+A PNG grid, or with --out=FILE.npz the arrays `images` (uint8 [N, H, W, C]) and, for a model with classes, `labels`; a request of
+many images that is stopped goes on where it was. --trajectory=FILE.gif shows how the images come about. --image=FILE edits a
+picture: with --mask=FILE the mask's white part is drawn anew, with --strength below 1 the whole picture is, from that much noise.
 """
 
 import os
@@ -10,7 +12,7 @@ import numpy as np
 from absl import flags
 
 import jaxdiff as jd
-from jaxdiff import cli
+from jaxdiff import cli, shards
 from jaxdiff import run as runs
 from jaxdiff.training.checkpoint import place
 
@@ -18,35 +20,101 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "What train.py wrote to.")
 flags.DEFINE_integer("num", None, "How many images (default: as many as in the training's grids).")
 flags.DEFINE_integer("steps", None, "Sampling steps (default: the config's).")
-flags.DEFINE_string("solver", None, "Such as ddim, ddpm, dpmpp_2m, heun or 'ddim(eta=1.0)' (default: the config's).")
+flags.DEFINE_string("solver", None, "Such as ddim, unipc or 'ddim(eta=1.0)', see docs/solvers.md (default: the config's).")
+flags.DEFINE_string("times", None, "The grid, such as uniform or 'linear(lo=0.001)' (default: the config's).")
 flags.DEFINE_float("guidance", None, "Classifier-free guidance; 1 is none (default: the config's).")
 flags.DEFINE_integer("label", None, "The class, -1 for none (default: each class in turn).")
 flags.DEFINE_integer("seed", 0, "Of the random numbers.")
 flags.DEFINE_string("ema", None, "One of config.training.ema, or 'power(0.07)', say, from snapshots (default: the config's).")
 flags.DEFINE_string("out", None, "A .png or .npz file (default: samples.png in the workdir).")
+flags.DEFINE_string("trajectory", None, "A .gif or .png file to show the denoiser's estimates on the way in, too.")
+flags.DEFINE_string("image", None, "A picture to edit, of the model's size.")
+flags.DEFINE_string("mask", None, "With --image: a picture of its size, white where it is to be drawn anew.")
+flags.DEFINE_float("strength", 1.0, "With --image: how much of the way down from noise is gone, above 0, at most 1.")
+flags.DEFINE_integer("resample", 1, "With --mask: how often each stretch of steps is gone (RePaint); more fits in better.")
 
 
 def main() -> None:
     if FLAGS.workdir is None:
         raise jd.InputError("which model? Give --workdir=DIR, the folder that train.py wrote to")
-    out = place(FLAGS.out or place(FLAGS.workdir) / "samples.png")
-    if out.suffix not in (".png", ".npz"):
-        raise jd.InputError(f"out={out} is neither a .png nor an .npz file")
-    if out.is_dir():
-        raise jd.InputError(f"out={out} is a directory; give the name of a file")
+    out = target(FLAGS.out or place(FLAGS.workdir) / "samples.png", "out", (".png", ".npz"))
+    film = FLAGS.trajectory and target(FLAGS.trajectory, "trajectory", (".gif", ".png"))
+    if FLAGS.image is None and (FLAGS.mask is not None or FLAGS.strength != 1 or FLAGS.resample != 1):
+        raise jd.InputError("--mask, --strength and --resample edit a picture; give it with --image=FILE")
+    if FLAGS.image is not None and FLAGS.mask is None and FLAGS.strength == 1:
+        raise jd.InputError("--image needs --mask=FILE, or --strength below 1: else nothing of it would be left")
     run = jd.load(FLAGS.workdir, FLAGS.ema)
-    if "://" not in str(out) and not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
-        raise jd.InputError(f"out={out}: the folder {out.parent} is not there or cannot be written")
-    settings = {name: FLAGS[name].value for name in ("steps", "solver", "guidance", "label") if FLAGS[name].value is not None}
+    for path in filter(None, (out, film)):
+        if "://" not in str(path) and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+            raise jd.InputError(f"{path}: the folder {path.parent} is not there or cannot be written")
+    names = ("steps", "solver", "times", "guidance", "label")
+    settings = {name: FLAGS[name].value for name in names if FLAGS[name].value is not None}
     num = run.config.sampling.num if FLAGS.num is None else FLAGS.num
+    key = jax.random.key(FLAGS.seed)
     print(f"drawing {num} images at step {run.step} (the first call compiles) ...", flush=True)
-    images, columns, labels = runs.showcase(run, jax.random.key(FLAGS.seed), num, **settings)
+    labels, columns, settings = runs.chosen(run, num, **settings)
+    if FLAGS.image is not None:
+        images = edited(run, key, num, settings | {"label": labels})
+    elif out.suffix == ".npz" and num > run.config.sampling.batch_size:
+        images = kept(run, key, num, labels, settings, out)
+    else:
+        images = run.generate(key, num, label=labels, **settings)
+    if film:
+        show(run, key, min(num, 64), None if labels is None else labels[:64], settings, film, columns)
     if out.suffix == ".png":
         jd.pictures.save(out, jd.pictures.tile(images, columns))
     else:
         with out.open("wb") as file:
             np.savez(file, images=images, **({} if labels is None else {"labels": labels}))  # type: ignore[arg-type]
+        parts = out.parent / (out.name + ".parts")
+        if parts.exists():
+            parts.rmtree()
     print(f"wrote {out}")
+
+
+def target(path, flag: str, suffixes: tuple[str, ...]):
+    """The file to write. Raises InputError for a directory or another suffix."""
+    path = place(path)
+    if path.suffix not in suffixes:
+        kinds = f"neither a {suffixes[0]} nor an {suffixes[1]} file" if flag == "out" else f"no {' or '.join(suffixes)} file"
+        raise jd.InputError(f"{flag}={path} is {kinds}")
+    if path.is_dir():
+        raise jd.InputError(f"{flag}={path} is a directory; give the name of a file")
+    return path
+
+
+def kept(run, key, num: int, labels, settings: dict, out) -> np.ndarray:
+    """Many images, in parts that are kept beside `out` until it is written."""
+    keys = jd.sample_keys(key, num)
+    asked = settings | {
+        "seed": FLAGS.seed,
+        "labels": None if labels is None else labels.tolist(),
+        "model": shards.digest(run.params),
+    }
+
+    def draw(rows):
+        return run.generate(keys[rows], len(rows), label=None if labels is None else labels[rows], **settings)
+
+    return shards.drawn(out.parent / (out.name + ".parts"), asked, num, run.config.sampling.batch_size, draw)
+
+
+def edited(run, key, num: int, settings: dict) -> np.ndarray:
+    """`num` versions of the picture."""
+    image = np.broadcast_to(jd.pictures.load(FLAGS.image, run.shape), (num, *run.shape))
+    mask = FLAGS.mask and jd.pictures.load(FLAGS.mask, (*run.shape[:-1], 1))[..., 0] > 127
+    return run.edit(key, image, mask, FLAGS.strength, FLAGS.resample, **settings)
+
+
+def show(run, key, num: int, labels, settings: dict, path, columns: int | None) -> None:
+    """The denoiser's estimates on the way: one grid after another in a GIF, or one sample a row in a PNG."""
+    steps = settings["steps"]
+    told = run.trajectory(key, num, frames=min(30 if path.suffix == ".gif" else 10, steps), label=labels, **settings)
+    if path.suffix == ".gif":
+        jd.pictures.animate(path, [jd.pictures.tile(images, columns) for images in told.x0])
+    else:
+        rows = np.stack([told.x[:, :8], told.x0[:, :8]]).swapaxes(1, 2).swapaxes(0, 1)  # noisy and estimate, under each other
+        jd.pictures.save(path, jd.pictures.tile(rows.reshape(-1, *run.shape), told.x0.shape[0]))
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from jaxdiff import (
     codec,
     data,
+    editing,
     experiment,
     guidance,
     likelihood,
@@ -19,8 +20,9 @@ from jaxdiff import (
 )
 from jaxdiff.denoiser import clip_logsnr, denoiser
 from jaxdiff.errors import InputError
+from jaxdiff.export import Exported, export, load_exported
 from jaxdiff.level import Level, Prediction, beta_std, diffuse, learned_std, logsnr, posterior_std
-from jaxdiff.run import Run, load
+from jaxdiff.run import Run, Trajectory, load
 from jaxdiff.sampling import prior, sample, sample_keys, solve
 from jaxdiff.solvers import Solver, wrappers
 from jaxdiff.times import grid
@@ -28,23 +30,28 @@ from jaxdiff.times import grid
 __version__ = "0.1.0"
 
 __all__ = [
+    "Exported",
     "InputError",
     "Level",
     "Prediction",
     "Run",
     "Solver",
+    "Trajectory",
     "beta_std",
     "clip_logsnr",
     "codec",
     "data",
     "denoiser",
     "diffuse",
+    "editing",
     "experiment",
+    "export",
     "grid",
     "guidance",
     "learned_std",
     "likelihood",
     "load",
+    "load_exported",
     "logsnr",
     "losses",
     "models",

@@ -26,15 +26,21 @@ def classifier_free(cond: Denoiser, uncond: Denoiser, scale: Scale) -> Denoiser:
     """The mix uncond + scale (cond - uncond): scale 0 is unconditional, 1 conditional, above 1 sharper; `aux` is cond's.
 
     `scale` is [], [B, 1, ..., 1] or a function level -> such an array; a `Partial` of a module's function is traced in its numbers.
-    Source: Ho and Salimans 2022, eq. 6, whose w is scale - 1.
+    At scale 1 `uncond` is not evaluated. Source: Ho and Salimans 2022, eq. 6, whose w is scale - 1.
     """
     return Partial(_mix, partial(cond), partial(uncond), _scale(scale))
 
 
 def _mix(cond: Denoiser, uncond: Denoiser, scale: Scale, x: Array, level: Level) -> Prediction:
-    w = _at(scale, level)
-    c, u = cond(x, level), uncond(x, level)
-    return Prediction(u.x0 + w * (c.x0 - u.x0), u.eps + w * (c.eps - u.eps), c.aux)
+    w, c = _at(scale, level), cond(x, level)
+
+    def mixed() -> tuple[Array, Array]:
+        u = uncond(x, level)
+        return u.x0 + w * (c.x0 - u.x0), u.eps + w * (c.eps - u.eps)
+
+    # Without guidance the second network is not asked, and yet it is the same program.
+    x0, eps = jax.lax.cond(jnp.all(w == 1), lambda: (c.x0, c.eps), mixed)
+    return Prediction(x0, eps, c.aux)
 
 
 def autoguidance(main: Denoiser, weak: Denoiser, scale: Scale) -> Denoiser:

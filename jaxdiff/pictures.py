@@ -1,6 +1,8 @@
-"""Pictures: a batch of images as one grid."""
+"""Pictures: a batch of images as one grid, grids in time as an animation."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -33,11 +35,38 @@ def save(path: str | Path | epath.Path, picture: np.ndarray) -> None:
     """Writes a picture, uint8 [H, W, 3], as PNG, whole or not at all. Raises InputError where `path` is a directory."""
     from PIL import Image
 
+    _write(path, Image.fromarray(picture), "PNG")
+
+
+def animate(path: str | Path | epath.Path, pictures: Sequence[np.ndarray], seconds: float = 3.0) -> None:
+    """Writes pictures of one size, uint8 [H, W, 3], as a looping GIF of `seconds`, whose last frame stays for a second more."""
+    from PIL import Image
+
+    first, *rest = (Image.fromarray(picture) for picture in pictures)
+    each = round(1000 * seconds / (1 + len(rest)))
+    _write(path, first, "GIF", save_all=True, append_images=rest, duration=[each] * len(rest) + [each + 1000], loop=0)
+
+
+def load(path: str | Path | epath.Path, shape: tuple[int, ...]) -> np.ndarray:
+    """An image file as uint8 of `shape` (H, W, C), C 1 or 3. Raises InputError for what is no picture, or of another size."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with epath.Path(path).open("rb") as file:
+            image = Image.open(file).convert("L" if shape[-1] == 1 else "RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise InputError(f"{path} is not a picture that can be read: {error}") from error
+    if image.size != (shape[1], shape[0]):
+        raise InputError(f"{path} has {image.size[0]}x{image.size[1]} pixels; this model's images have {shape[1]}x{shape[0]}")
+    return np.asarray(image, np.uint8).reshape(shape)
+
+
+def _write(path: str | Path | epath.Path, image: Any, kind: str, **options: Any) -> None:
     path = epath.Path(path)  # gs:// too
     if path.is_dir():
         raise InputError(f"a picture cannot be written to {path}: it is a directory; give the name of a file, such as samples.png")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / (path.name + ".partial")
     with temporary.open("wb") as file:
-        Image.fromarray(picture).save(file, "PNG")
+        image.save(file, kind, **options)
     temporary.replace(path)

@@ -1,7 +1,8 @@
 """A run is a trained experiment: what a notebook or sample.py draws from."""
 
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,14 +14,14 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from jaxdiff import codec as codecs
+from jaxdiff import editing, sampling, solvers, times
 from jaxdiff import guidance as guide
 from jaxdiff import mesh as meshes
-from jaxdiff import sampling, solvers, times
 from jaxdiff.codec import Codec
 from jaxdiff.denoiser import Denoiser, denoiser
 from jaxdiff.errors import InputError
 from jaxdiff.experiment import Experiment, build
-from jaxdiff.level import Level
+from jaxdiff.level import Level, diffuse
 from jaxdiff.names import with_arguments
 from jaxdiff.solvers import Solver
 from jaxdiff.targets import determinant
@@ -32,8 +33,10 @@ class Run(NamedTuple):
     """A trained model.
 
     `denoiser(label=None, guidance=1.) -> Denoiser`, label an int or [n]; `generate(key, n, steps=50, solver="ddim", label=None,
-    guidance=1.) -> uint8 [n, H, W, C]`. A label of None or -1 is none. `params` is the average that config.sampling.ema names,
-    `shape` one image's (H, W, C), `step` the training step it is from.
+    guidance=1., times=None) -> uint8 [n, H, W, C]`. A label of None or -1 is none; `solver` is a name, or a function of a denoiser;
+    `times` is a name of `jaxdiff.times`, or None for the config's. `trajectory(key, n, frames=10, ...) -> Trajectory` and
+    `edit(key, image, mask=None, strength=1., resample=1, ...) -> uint8 [n, H, W, C]` take the same. `params` is the average that
+    config.sampling.ema names, `shape` one image's (H, W, C), `step` the training step it is from.
     """
 
     config: ConfigDict
@@ -43,6 +46,28 @@ class Run(NamedTuple):
     denoiser: Callable[..., Denoiser]
     generate: Callable[..., np.ndarray]
     step: int
+    trajectory: Callable[..., "Trajectory"]
+    edit: Callable[..., np.ndarray]
+
+
+class Trajectory(NamedTuple):
+    """What sampling went through: `x0`, the denoiser's estimates, and `x`, the noisy samples at unit scale.
+
+    uint8 [frames, n, H, W, C] each; the last frame of both is the finished image.
+    """
+
+    x0: np.ndarray
+    x: np.ndarray
+
+
+class Request(NamedTuple):
+    """What is to be drawn, checked: labels int32 [n] or None, a key a sample, and the solver of a denoiser for some of the rows."""
+
+    levels: Level
+    labels: np.ndarray | None
+    guidance: float
+    keys: Array
+    make: Callable[[Denoiser, np.ndarray], Solver]
 
 
 def load(workdir: str | Path, ema: float | str | None = None) -> Run:
@@ -80,55 +105,124 @@ def average(config) -> str:
 def of(config, experiment: Experiment, params: Any, step: int = 0) -> Run:
     """The run of parameters at hand. Runs of one experiment share their compiled samplers."""
 
+    compiled = set()
+
+    def tell_of_compiling(program: Hashable) -> None:
+        if program not in compiled:
+            print("compiling the sampler (once; its program is kept) ...", file=sys.stderr, flush=True)
+            compiled.add(program)
+
     def denoise(label: Any = None, guidance: float = 1.0) -> Denoiser:
         labels = _labels(config, experiment, label)
-        if not np.isfinite(guidance):
-            raise InputError(f"guidance={guidance} is not a finite number")
-        if guidance != 1 and (labels is None or (labels == -1).all()):
-            raise InputError(f"guidance={guidance} needs a label: without one there is nothing to guide towards")
-        if guidance != 1 and not config.process.drop_label:
-            raise InputError(f"guidance={guidance} needs a model trained with process.drop_label above 0")
+        _check_guidance(config, labels, guidance)
+        return denoiser_of(config, experiment, params, labels, guidance)
 
-        def of_label(labels):
-            cond = None if labels is None else {"label": jnp.asarray(labels, jnp.int32)}
-            return denoiser(experiment.net(params, cond), experiment.target, experiment.data_std)
+    def ask(*args: Any, **settings: Any) -> Request:
+        return request(config, experiment, params, *args, **settings)
 
-        if labels is None and experiment.classes:
-            labels = np.array(-1)
-        made = of_label(labels)
-        if guidance != 1:
-            made = guide.classifier_free(made, of_label(np.full_like(labels, -1)), guidance)
-        return guide.clip(made, *codecs.ends(experiment.codec, experiment.shape)) if config.sampling.clip else made
-
-    def generate(key: Array, n: int, steps: int = 50, solver: str = "ddim", label: Any = None, guidance: float = 1.0) -> np.ndarray:
-        if n < 1:
-            raise InputError(f"{n} images cannot be drawn; ask for at least 1")
-        levels = grid(config, experiment, params, steps)
-        labels = _labels(config, experiment, label)
-        if labels is None and experiment.classes:
-            labels = np.array(-1, np.int32)  # as an array: no label and any label share one program
-        if labels is not None:
-            labels = np.broadcast_to(labels, (n,)) if labels.ndim == 0 or len(labels) == n else labels
-            if labels.shape != (n,):
-                raise InputError(f"{n} images need one label or {n}, got {labels.shape[0]}")
-        keys = sampling.sample_keys(key, n)
+    def batches(wanted: Request, start: Array | None = None) -> Iterator[np.ndarray]:
+        """The images, batch by batch; `start` [n, ...] are encoded images to begin from, noised, instead of noise."""
+        n = len(wanted.keys)
         # Each device draws its share of a batch; a sample depends on its own key alone, so not on how many share the work.
         mesh = _mesh(params)
         devices = 1 if mesh is None else mesh.size
         size = -(-min(n, config.sampling.batch_size) // devices) * devices
-        images = []
-        for start in tqdm(range(0, n, size), desc="sampling", unit="batch", disable=n <= size):
+        for first in tqdm(range(0, n, size), desc="sampling", unit="batch", disable=n <= size):
             # The last batch is filled up, so that every batch has one shape and one compiled program.
-            rows = np.minimum(np.arange(start, start + size), n - 1)
-            made = _solver(solver, "solver", denoise(None if labels is None else labels[rows], guidance))
+            rows = np.minimum(np.arange(first, first + size), n - 1)
+            labels = None if wanted.labels is None else wanted.labels[rows]
+            made = wanted.make(denoiser_of(config, experiment, params, labels, wanted.guidance), rows)
+            shape, x0 = latent_shape(experiment, size), None if start is None else start[rows]
+            tell_of_compiling((jax.tree.structure((made, x0)), shape))
             try:
-                z = _draw(keys[rows], made, levels, experiment.data_std, shape=latent_shape(experiment, size), mesh=mesh)
+                z = _draw(wanted.keys[rows], made, wanted.levels, experiment.data_std, x0, shape=shape, mesh=mesh)
             except ValueError as error:
-                raise InputError(f"solver={solver!r}: {error}") from error
-            images.append(meshes.fetch(experiment.codec.decode(z))[: n - start])
-        return np.concatenate(images)
+                raise InputError(f"this solver cannot draw: {error}") from error
+            yield meshes.fetch(experiment.codec.decode(z))[: n - first]
 
-    return Run(config, params, experiment.shape, experiment.codec, denoise, generate, step)
+    def generate(
+        key: Array,
+        n: int,
+        steps: int = 50,
+        solver: Any = "ddim",
+        label: Any = None,
+        guidance: float = 1.0,
+        times: str | None = None,
+    ) -> np.ndarray:
+        return np.concatenate(list(batches(ask(key, n, steps, solver, label, guidance, times))))
+
+    def trajectory(key: Array, n: int, frames: int = 10, **settings: Any) -> Trajectory:
+        wanted = ask(key, n, **settings)
+        levels = unpadded(wanted.levels)
+        if not 2 <= frames <= len(levels.alpha):
+            raise InputError(f"frames={frames} is out of range; allowed: 2 to {len(levels.alpha)}, the sampling steps")
+        made = wanted.make(denoiser_of(config, experiment, params, wanted.labels, wanted.guidance), np.arange(n))
+        chosen = np.linspace(0, len(levels.alpha) - 2, frames - 1).round().astype(int)
+        stacked = _draw_path(wanted.keys, made, levels, experiment.data_std, chosen, shape=latent_shape(experiment, n))
+        return Trajectory(*(np.stack([meshes.fetch(experiment.codec.decode(z)) for z in frames]) for frames in stacked))
+
+    def edit(
+        key: Array, image: np.ndarray, mask: np.ndarray | None = None, strength: float = 1.0, resample: int = 1, **settings: Any
+    ) -> np.ndarray:
+        image, mask = _to_edit(experiment, image, mask)
+        wanted = ask(key, len(image), **settings)
+        k_encode = jax.vmap(lambda k: jax.random.fold_in(k, 2))(wanted.keys)
+        known = jax.vmap(lambda k, i: experiment.codec.encode(k, i[None])[0])(k_encode, jnp.asarray(image))
+        levels, make = _levels_to_edit(wanted.levels, strength, resample), wanted.make
+        if mask is not None:
+
+            def make(d, rows):
+                return editing.resampling(editing.replacement(wanted.make(d, rows), known[rows], 1 - jnp.asarray(mask[rows])))
+
+        return np.concatenate(list(batches(wanted._replace(levels=levels, make=make), known if strength < 1 else None)))
+
+    return Run(config, params, experiment.shape, experiment.codec, denoise, generate, step, trajectory, edit)
+
+
+def request(
+    config, experiment: Experiment, params: Any, key: Array, n: int, steps=50, solver="ddim", label=None, guidance=1.0, times=None
+) -> Request:
+    """What `generate` is asked, checked. Raises InputError for what this model cannot do."""
+    if n < 1:
+        raise InputError(f"{n} images cannot be drawn; ask for at least 1")
+    levels = grid(config, experiment, params, steps, times)
+    labels = _labels(config, experiment, label)
+    _check_guidance(config, labels, guidance)
+    if labels is None and experiment.classes:
+        labels = np.array(-1, np.int32)  # as an array: no label and any label share one program
+    if labels is not None:
+        labels = np.broadcast_to(labels, (n,)) if labels.ndim == 0 or len(labels) == n else labels
+        if labels.shape != (n,):
+            raise InputError(f"{n} images need one label or {n}, got {labels.shape[0]}")
+    return Request(levels, labels, guidance, sampling.sample_keys(key, n), lambda d, rows: solver_of(solver, "solver", d))
+
+
+def _check_guidance(config, labels: np.ndarray | None, guidance: float) -> None:
+    if not np.isfinite(guidance):
+        raise InputError(f"guidance={guidance} is not a finite number")
+    if guidance != 1 and (labels is None or (labels == -1).all()):
+        raise InputError(f"guidance={guidance} needs a label: without one there is nothing to guide towards")
+    if guidance != 1 and not config.process.drop_label:
+        raise InputError(f"guidance={guidance} needs a model trained with process.drop_label above 0")
+
+
+def denoiser_of(config, experiment: Experiment, params: Any, labels: Any, guidance: float | Array) -> Denoiser:
+    """What sampling asks: the network with labels int32 [] or [n] or None, guided, and clipped where config.sampling.clip says so.
+
+    Nothing is checked, so labels and guidance may be traced.
+    """
+
+    def of_label(labels):
+        cond = None if labels is None else {"label": jnp.asarray(labels, jnp.int32)}
+        return denoiser(experiment.net(params, cond), experiment.target, experiment.data_std)
+
+    if labels is None and experiment.classes:
+        labels = jnp.array(-1)
+    made = of_label(labels)
+    if experiment.classes and config.process.drop_label:
+        # Always, so that all scales are one program; at 1 the second network is not evaluated.
+        made = guide.classifier_free(made, of_label(jnp.full_like(labels, -1)), guidance)
+    return guide.clip(made, *codecs.ends(experiment.codec, experiment.shape)) if config.sampling.clip else made
 
 
 def _mesh(params: Any) -> Mesh | None:
@@ -137,38 +231,99 @@ def _mesh(params: Any) -> Mesh | None:
     return sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None  # type: ignore[return-value]
 
 
-def _draw_samples(keys, solver, levels, data_std, shape, mesh):
+def _begin(keys, levels, data_std, x0, shape):
+    """The sample at levels[0], of noise alone or of x0 with noise, and the keys for the rest."""
+    k_prior, k_solve = (jax.vmap(lambda k, i=i: jax.random.fold_in(k, i))(keys) for i in range(2))
+    first = Level(levels.alpha[0], levels.sigma[0])
+    if x0 is None:
+        return sampling.prior(k_prior, first, shape, data_std), k_solve
+    noise = sampling.prior(k_prior, Level(jnp.zeros(()), jnp.ones(())), shape)
+    return diffuse(Level(*(jnp.asarray(a, x0.dtype) for a in first)), x0, noise), k_solve
+
+
+def draw_samples(keys, solver, levels, data_std, x0, shape, mesh):
+    """The encoded images of keys [n], from noise or, where given, from x0 [n, ...] noised to levels[0]."""
     if mesh is not None:
         keys = jax.lax.with_sharding_constraint(keys, meshes.split(mesh))
-    k_prior, k_solve = (jax.vmap(lambda k, i=i: jax.random.fold_in(k, i))(keys) for i in range(2))
-    start = Level(levels.alpha[0], levels.sigma[0])
-    return sampling.sample(k_solve, solver, sampling.prior(k_prior, start, shape, data_std), levels)
+    x, k_solve = _begin(keys, levels, data_std, x0, shape)
+    return sampling.sample(k_solve, solver, x, levels)
 
 
 # Parameters, labels, guidance, eta, the grid and the keys are traced arguments: new values never compile again.
-_draw = jax.jit(_draw_samples, static_argnames=("shape", "mesh"))
+_draw = jax.jit(draw_samples, static_argnames=("shape", "mesh"))
 
 
-def grid(config, experiment: Experiment, params: Any, steps: int) -> Level:
+def _draw_with_path(keys, solver, levels, data_std, chosen, shape):
+    x, k_solve = _begin(keys, levels, data_std, None, shape)
+    state, told = sampling.solve(k_solve, solver, x, levels)
+    x0, eps, (alpha, sigma) = told.x0[chosen], told.eps[chosen], (jnp.asarray(a)[chosen] for a in levels)
+    alpha, sigma = (a.reshape(-1, *(1,) * len(shape)) for a in (alpha, sigma))
+    noisy = (alpha * x0 + sigma * eps) / jnp.hypot(alpha * data_std, sigma)
+    last = solver.final(state, jax.tree.map(lambda a: jnp.asarray(a[-1], x.dtype), levels))[None]
+    return jnp.concatenate([x0, last]), jnp.concatenate([noisy, last])
+
+
+_draw_path = jax.jit(_draw_with_path, static_argnames=("shape",))
+
+
+def unpadded(levels: Level) -> Level:
+    """The grid without the repeated levels at its end."""
+    last = np.flatnonzero(np.diff(levels.alpha) != 0 | (np.diff(levels.sigma) != 0))
+    return jax.tree.map(lambda a: a[: (last[-1] + 2 if last.size else 1)], levels)
+
+
+def _levels_to_edit(levels: Level, strength: float, resample: int) -> Level:
+    """The grid from `strength` of its levels on, walked down `resample` times in stretches, padded as it was."""
+    try:
+        begun = editing.from_strength(levels, strength)
+        if resample == 1:
+            return begun
+        steps = len(unpadded(begun).alpha)
+        return times.pad(editing.repaint_levels(begun, min(10, steps - 1), resample), len(levels.alpha))
+    except ValueError as error:
+        raise InputError(f"{error} (sampling.max_steps of the config says how many levels there may be)") from error
+
+
+def _to_edit(experiment: Experiment, image: Any, mask: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    """Images uint8 [n, H, W, C] and masks float32 [n, H, W, 1] or None, 1 where drawn anew. Raises InputError for others."""
+    image = np.asarray(image)
+    image = image[None] if image.ndim == len(experiment.shape) else image
+    if image.dtype != np.uint8 or image.shape[1:] != experiment.shape:
+        raise InputError(f"an image to edit is uint8 of shape {experiment.shape} or [n, ...], got {image.dtype} {image.shape}")
+    if mask is None:
+        return image, None
+    mask, want = np.asarray(mask), experiment.shape[:-1]
+    if mask.shape not in (want, (len(image), *want)) or not ((mask == 0) | (mask == 1)).all():
+        raise InputError(
+            f"a mask is of shape {want} or [n, ...], 1 where the image is drawn anew and 0 elsewhere, got {mask.shape}"
+        )
+    return image, np.broadcast_to(mask, (len(image), *want))[..., None].astype(np.float32)
+
+
+def grid(config, experiment: Experiment, params: Any, steps: int, spacing: str | None = None) -> Level:
     """The levels of `steps` sampling steps, padded to config.sampling.max_steps so that all numbers of steps share a program.
 
+    `spacing` names another function of `jaxdiff.times` than config.sampling.times.
     Raises InputError for more steps than the schedule or the padding has, and for a grid that does not fall.
     """
     most = config.sampling.max_steps
     if not 1 <= steps <= most:
         raise InputError(f"steps={steps} is out of range; allowed: 1 to {most} (sampling.max_steps)")
-    chosen = with_arguments(times, config.sampling.times, "sampling.times")(n=steps)
+    key, text = ("sampling.times", config.sampling.times) if spacing is None else ("times", spacing)
+    chosen = with_arguments(times, text, key)(n=steps)
+    if not isinstance(chosen, np.ndarray):
+        raise InputError(f"{key}={text!r} is not a grid of sampling times, such as uniform or 'karras(0.002, 80)'")
     try:
         levels = times.grid(experiment.schedule(params), chosen, most)
     except ValueError as error:
-        raise InputError(f"sampling.times={config.sampling.times!r}: {error}") from error
+        raise InputError(f"{key}={text!r}: {error}") from error
     if not (np.diff(levels.sigma / np.hypot(levels.alpha, levels.sigma)) <= 0).all():
-        raise InputError(f"sampling.times={config.sampling.times!r} does not fall from noise to data")
+        raise InputError(f"{key}={text!r} does not fall from noise to data")
     first = Level(levels.alpha[0], levels.sigma[0])
     if np.asarray(determinant(experiment.target, first)) == 0:
         raise InputError(
-            f"process.target={config.process.target!r} says nothing at the first level of sampling.times="
-            f"{config.sampling.times!r} (alpha {first.alpha:g}, sigma {first.sigma:g}); start the grid lower"
+            f"process.target={config.process.target!r} says nothing at the first level of {key}="
+            f"{text!r} (alpha {first.alpha:g}, sigma {first.sigma:g}); start the grid lower"
         )
     return levels
 
@@ -182,11 +337,12 @@ def check(config, experiment: Experiment) -> None:
     grid(config, experiment, None, config.sampling.steps)
     label, guidance = (0, config.sampling.guidance) if experiment.classes else (None, 1.0)
     denoise = of(config, experiment, None).denoiser(label, guidance)
-    _solver(config.sampling.solver, "sampling.solver", denoise)
+    solver_of(config.sampling.solver, "sampling.solver", denoise)
 
 
-def _solver(text: str, key: str, denoise: Denoiser) -> Solver:
-    made = with_arguments(solvers, text, key)(denoise)
+def solver_of(text: Any, key: str, denoise: Denoiser) -> Solver:
+    """The solver that `text` names, or that a function of a denoiser gives. Raises InputError naming the config's `key`."""
+    made = (text if callable(text) else with_arguments(solvers, text, key))(denoise)
     if not isinstance(made, Solver):
         raise InputError(f"{key}={text!r} is not a solver")
     return made
@@ -216,11 +372,11 @@ def _labels(config, experiment: Experiment, label: Any) -> np.ndarray | None:
     return labels.astype(np.int32)
 
 
-def showcase(run: Run, key: Array, n: int, label: Any = None, **settings: Any) -> tuple[np.ndarray, int | None, np.ndarray | None]:
-    """n images as config.sampling says, where `settings` (steps, solver, guidance) do not: (images, columns, labels).
+def chosen(run: Run, n: int, label: Any = None, **settings: Any) -> tuple[np.ndarray | None, int | None, dict[str, Any]]:
+    """What n images are drawn with, as config.sampling says where `settings` (steps, solver, guidance, times) do not.
 
-    Without a label, a model with classes draws each in turn, one a column. Labels are int32 [n] or None, columns None where a
-    square will do.
+    (labels [n] or None, columns of a grid or None where a square will do, settings). Without a label, a model with classes
+    draws each in turn, one a column.
     """
     sampling, classes = run.config.sampling, run.config.model.classes
     asked = "guidance" in settings
@@ -231,5 +387,13 @@ def showcase(run: Run, key: Array, n: int, label: Any = None, **settings: Any) -
     if (label is None or np.all(np.asarray(label) == -1)) and not asked:
         # There is nothing to guide towards; a guidance that was asked for is refused.
         settings["guidance"] = 1.0
-    images = run.generate(key, n, label=label, **settings)
-    return images, columns, None if label is None else np.broadcast_to(np.asarray(label, np.int32), (n,))
+    if label is not None:
+        label = np.broadcast_to(np.asarray(label), (n,))
+    return label, columns, settings
+
+
+def showcase(run: Run, key: Array, n: int, label: Any = None, **settings: Any) -> tuple[np.ndarray, int | None, np.ndarray | None]:
+    """n images as `chosen` says: (images, columns, labels)."""
+    labels, columns, settings = chosen(run, n, label, **settings)
+    images = run.generate(key, n, label=labels, **settings)
+    return images, columns, None if labels is None else labels.astype(np.int32)

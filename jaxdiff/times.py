@@ -24,6 +24,7 @@ __all__ = [
     "draw_table",
     "draw_uniform",
     "karras",
+    "linear",
     "strided",
     "uniform",
 ]
@@ -78,6 +79,17 @@ def uniform(n: int) -> np.ndarray:
     return np.arange(n, 0, -1) / n
 
 
+def linear(n: int, lo: float = 1e-3, hi: float = 1.0) -> np.ndarray:
+    """n times from `hi` down to `lo`, both in, equally far apart, [n]; 2 are the ends alone, for a solver that goes its own steps.
+
+    Source: Song et al. 2021, appendix C, whose last time is 1e-3. Raises ValueError for n < 1 or not 0 < lo < hi.
+    """
+    _at_least_one(n)
+    if not 0 < lo < hi:
+        raise ValueError(f"linear needs 0 < lo < hi, got {lo=}, {hi=}")
+    return np.linspace(hi, lo, n)
+
+
 def karras(n: int, lo: float = 0.002, hi: float = 80.0, rho: float = 7.0) -> np.ndarray:
     """n values of sigma from `hi` down to `lo`, [n], equal steps in sigma^(1/rho); for the schedule `edm`.
 
@@ -124,14 +136,20 @@ def grid(schedule: Schedule, times: np.ndarray, length: int | None = None) -> Le
     short, or the levels are not finite.
     """
     length = len(times) if length is None else length
-    if len(times) > length:
-        raise ValueError(f"{len(times)} sampling steps are more than the maximum {length}")
     # TPUs have no float64, and a jitted float32 schedule would blur neighbouring levels.
     with _enable_x64(True), jax.default_device(_host()):
         alpha, sigma = (np.asarray(a, np.float32) for a in schedule(jnp.asarray(times, jnp.float64)))
     if not (np.isfinite(alpha).all() and np.isfinite(sigma).all()):
         raise ValueError(f"the schedule is not finite on times {times[0]:g} to {times[-1]:g}")
-    return jax.tree.map(lambda a: np.pad(a, (0, length - len(times)), mode="edge"), Level(alpha, sigma))  # type: ignore[arg-type]
+    return pad(Level(alpha, sigma), length)  # type: ignore[arg-type]
+
+
+def pad(levels: Level, length: int) -> Level:
+    """The grid with its last level repeated to `length` levels, NumPy [length]. Raises ValueError where it is longer."""
+    n = len(levels.alpha)
+    if n > length:
+        raise ValueError(f"{n} sampling steps are more than the maximum {length}")
+    return jax.tree.map(lambda a: np.pad(a, (0, length - n), mode="edge"), levels)
 
 
 def _host() -> jax.Device | None:

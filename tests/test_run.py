@@ -26,18 +26,21 @@ def test_one_compiled_sampler_serves_steps_seeds_labels_scales_and_parameters(mo
     c, built, one, two = model
     run._draw.clear_cache()
     seen = []
-    for params, seed, steps, label, scale, eta in [
+    for params, seed, steps, label, scale, eta, *spacing in [
         (one, 0, 10, 3, 2.0, 0.0),
         (one, 0, 20, 3, 2.0, 0.0),
         (one, 0, 15, 3, 2.0, 0.0),
         (one, 1, 10, 3, 2.0, 0.0),
         (one, 0, 10, 4, 2.0, 0.0),
-        (one, 0, 10, 3, 4.0, 0.0),
+        (one, 0, 10, 3, 7.0, 0.0),
+        (one, 0, 10, 3, 1.0, 0.0),
+        (one, 0, 10, None, 1.0, 0.0),
         (one, 0, 10, 3, 2.0, 1.0),
         (two, 0, 10, 3, 2.0, 0.0),
+        (one, 0, 10, 3, 2.0, 0.0, "linear(lo=0.01)"),
     ]:
         solver = f"ddim(eta={eta})"
-        seen.append(run.of(c, built, params).generate(jax.random.key(seed), 4, steps, solver, label, scale))
+        seen.append(run.of(c, built, params).generate(jax.random.key(seed), 4, steps, solver, label, scale, *spacing))
     assert run._draw._cache_size() == 1
     for i, a in enumerate(seen):  # each value matters: no two results are the same
         assert a.shape == (4, 8, 8, 1) and a.dtype == np.uint8
@@ -138,3 +141,119 @@ def test_tiles_lie_row_by_row():
     assert [picture[37, 3 + 34 * i, 0] for i in range(3)] == [30, 40, 255]
     with pytest.raises(ValueError, match="uint8"):
         pictures.tile(images / 255)
+
+
+def test_a_trajectory_ends_with_what_generate_draws(model):
+    c, built, params, _ = model
+    r = run.of(c, built, params)
+    told = r.trajectory(jax.random.key(3), 3, frames=5, steps=8, label=2, guidance=2.0)
+    assert told.x0.shape == told.x.shape == (5, 3, 8, 8, 1) and told.x0.dtype == np.uint8
+    want = r.generate(jax.random.key(3), 3, steps=8, label=2, guidance=2.0)
+    assert np.abs(told.x0[-1].astype(int) - want).max() <= 1 and (told.x[-1] == told.x0[-1]).all()
+    # The first frame is where sampling begins: noise, and what the network makes of it.
+    start = jd.grid(jd.schedules.cosine, jd.times.uniform(8))
+    keys = jax.vmap(lambda k: jax.random.fold_in(k, 0))(jd.sample_keys(jax.random.key(3), 3))
+    x = jd.prior(keys, jd.Level(start.alpha[0], start.sigma[0]), (3, 8, 8, 1))
+    np.testing.assert_array_equal(told.x[0], built.codec.decode(x))
+    with pytest.raises(jd.InputError, match="frames=9 is out of range; allowed: 2 to 8, the sampling steps"):
+        r.trajectory(jax.random.key(3), 3, frames=9, steps=8)
+
+
+@pytest.mark.parametrize("resample", [1, 3])
+def test_inpainting_keeps_the_known_pixels_and_draws_the_others(model, resample):
+    c, built, params, _ = model
+    r, image = run.of(c, built, params), np.arange(64, dtype=np.uint8).reshape(8, 8, 1) * 4
+    mask = np.zeros((8, 8))
+    mask[3:, 2:6] = 1
+    got = r.edit(jax.random.key(0), np.stack([image] * 3), mask, resample=resample, steps=5)
+    drawn = mask.astype(bool)
+    assert (got[:, ~drawn] == image[~drawn]).all()
+    assert len(np.unique(got.reshape(3, -1), axis=0)) == 3
+    alone = r.edit(jax.random.key(0), image, mask, resample=resample, steps=5)
+    assert np.abs(alone[0].astype(int) - got[0]).max() <= 1
+
+
+def test_less_strength_leaves_more_of_the_picture(model):
+    c, built, params, _ = model
+    r, image = run.of(c, built, params), np.arange(64, dtype=np.uint8).reshape(1, 8, 8, 1) * 4
+    far = [
+        np.abs(r.edit(jax.random.key(0), image, strength=strength, steps=20).astype(int) - image).mean()
+        for strength in (0.05, 0.5, 1.0)
+    ]
+    assert far[0] < far[1] < far[2] and far[0] < 20
+
+
+@pytest.mark.parametrize(
+    "kwargs, said",
+    [
+        (dict(image=np.zeros((8, 8, 1))), r"uint8 of shape \(8, 8, 1\) or \[n, ...\], got float64"),
+        (dict(image=np.zeros((9, 8, 1), np.uint8)), r"got uint8 .*9, 8, 1"),
+        (dict(mask=np.zeros((8, 9))), r"a mask is of shape \(8, 8\) .* got \(8, 9\)"),
+        (dict(mask=np.full((8, 8), 0.5)), "1 where the image is drawn anew and 0 elsewhere"),
+        (dict(strength=0.0), "strength=0.0 is out of range"),
+        (dict(strength=float("nan")), "strength=nan is out of range"),
+        (dict(mask=np.ones((8, 8)), resample=0), "resample|times"),
+        (dict(mask=np.ones((8, 8)), resample=50), "more than the maximum 20"),
+        (dict(steps=21), "steps=21 is out of range"),
+    ],
+)
+def test_wrong_edits_are_one_line(model, kwargs, said):
+    c, built, params, _ = model
+    with pytest.raises(jd.InputError, match=said) as error:
+        run.of(c, built, params).edit(jax.random.key(0), **{"image": np.zeros((8, 8, 1), np.uint8), "steps": 5, **kwargs})
+    assert "\n" not in str(error.value)
+
+
+def test_a_solver_may_be_a_function_of_a_denoiser(model):
+    c, built, params, _ = model
+    r = run.of(c, built, params)
+    got = r.generate(jax.random.key(0), 2, steps=5, solver=lambda d: jd.solvers.heun(d), label=1)
+    np.testing.assert_array_equal(got, r.generate(jax.random.key(0), 2, steps=5, solver="heun", label=1))
+
+
+def test_every_solver_is_had_by_its_name(model):
+    """Traced, not compiled: what each does is tested with the solvers."""
+    c, built, params, _ = model
+    keys, levels = jax.random.split(jax.random.key(0), 2), jd.grid(jd.schedules.cosine, jd.times.uniform(3), 20)
+    for name in set(jd.solvers.__all__) - {"ddpm_learned"}:  # this network says nothing of its variance
+        solver = run.solver_of(name, "solver", run.of(c, built, params).denoiser(1))
+        out = jax.eval_shape(lambda made: run.draw_samples(keys, made, levels, 1.0, None, (2, 8, 8, 1), None), solver)
+        assert out.shape == (2, 8, 8, 1) and out.dtype == jnp.float32, name
+
+
+def test_a_stopped_request_of_many_images_goes_on(tmp_path):
+    from etils import epath
+
+    from jaxdiff import shards
+
+    calls = []
+
+    def draw(rows, stop=None):
+        if stop is not None and rows[0] >= stop:
+            raise KeyboardInterrupt
+        calls.append(rows.tolist())
+        return np.stack([np.full((2, 2, 1), i, np.uint8) for i in rows])
+
+    folder = epath.Path(tmp_path / "parts")
+    with pytest.raises(KeyboardInterrupt):
+        shards.drawn(folder, {"seed": 0}, 10, 4, lambda rows: draw(rows, 8))
+    (folder / "part_0000008.npy.partial").write_text("half")
+    images = shards.drawn(folder, {"seed": 0}, 10, 4, draw)
+    assert images[:, 0, 0, 0].tolist() == list(range(10))
+    assert calls == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    for asked, n, size in (({"seed": 1}, 10, 4), ({"seed": 0}, 12, 4), ({"seed": 0}, 10, 5)):
+        with pytest.raises(jd.InputError, match="holds part of another request"):
+            shards.drawn(folder, asked, n, size, draw)
+
+
+def test_digests_see_names_shapes_and_bits():
+    from jaxdiff import shards
+
+    a = {"a": np.zeros((2, 3), np.float32), "b": np.ones(2)}
+    others = [
+        {"a": np.zeros((3, 2), np.float32), "b": np.ones(2)},
+        {"c": a["a"], "b": a["b"]},
+        {**a, "b": np.nextafter(np.ones(2), 2)},
+    ]
+    assert shards.digest(a) == shards.digest(dict(reversed(a.items())))
+    assert len({shards.digest(tree) for tree in (a, *others)}) == 4

@@ -296,6 +296,11 @@ def restore_meta(
     return step, ConfigDict(_tuples(meta["config"])), bad
 
 
+def read_config(text: str) -> ConfigDict:
+    """The config of a text that its `to_json` gave, with tuples where JSON has lists."""
+    return ConfigDict(_tuples(json.loads(text)))
+
+
 def _all_damaged(workdir, bad: dict[int, str]) -> str:
     newest = max(bad)
     return f"no good checkpoint in {place(workdir) / FOLDER}: {newest} is damaged ({bad[newest]}), as are all {len(bad)} there"

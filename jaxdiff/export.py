@@ -1,0 +1,115 @@
+"""A trained sampler as one file that runs without the model's code: StableHLO for CPU, CUDA and TPU, of any batch size."""
+
+import io
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax import export as jax_export
+from ml_collections import ConfigDict
+
+from jaxdiff import run as runs
+from jaxdiff.errors import InputError
+from jaxdiff.experiment import Experiment, build
+from jaxdiff.level import Level
+from jaxdiff.run import Run
+
+Array = jax.Array
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+class Exported(NamedTuple):
+    """A sampler from a file.
+
+    `generate(key, n, steps=50, label=None, guidance=1., times=None) -> uint8 [n, H, W, C]` as of a `Run`;
+    `call(params, key_data [n, 2], alpha [N], sigma [N], labels int32 [n], guidance []) -> uint8 [n, H, W, C]` is the program
+    itself, N config.sampling.max_steps.
+    """
+
+    config: ConfigDict
+    params: Any
+    generate: Callable[..., np.ndarray]
+    call: Callable[..., Array]
+
+
+def export(run: Run, path: str | Path, solver: str = "ddim", platforms: Sequence[str] = ("cpu", "cuda", "tpu")) -> None:
+    """Writes the whole sampler of a run, network, solver and codec, with its parameters and config, to `path`.
+
+    Batch, seed, labels, guidance, grid and the number of steps, up to config.sampling.max_steps, stay free; keys are those of
+    jax.random.key with JAX's default generator. Raises InputError for a platform or a solver there is not.
+    """
+    unknown = [name for name in platforms if name not in PLATFORMS]
+    if unknown or not platforms:
+        raise InputError(f"platforms={tuple(platforms)!r} is out of range; allowed: {', '.join(PLATFORMS)}")
+    experiment = build(run.config)
+    (batch,) = jax_export.symbolic_shape("batch")
+    words = jax.random.key_data(jax.random.key(0))
+
+    def of(shape: tuple, dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    n = run.config.sampling.max_steps
+    params = jax.tree.map(lambda a: of(a.shape, a.dtype), run.params)
+    given = of((batch, *words.shape), words.dtype), of((n,), jnp.float32), of((n,), jnp.float32), of((batch,), jnp.int32)
+    program = jax.jit(_program(run.config, experiment, solver, jax.random.key_impl(jax.random.key(0))))
+    exported = jax_export.export(program, platforms=tuple(platforms))(params, *given, of((), jnp.float32))
+    _write(epath.Path(path), run, bytes(exported.serialize()))
+
+
+def _program(config, experiment: Experiment, solver: str, kind: Any) -> Callable[..., Array]:
+    def program(params, words, alpha, sigma, labels, guidance):
+        keys = jax.random.wrap_key_data(words, impl=kind)
+        denoise = runs.denoiser_of(config, experiment, params, labels if experiment.classes else None, guidance)
+        shape = (words.shape[0], *runs.latent_shape(experiment, 1)[1:])
+        made = runs.solver_of(solver, "solver", denoise)
+        return experiment.codec.decode(runs.draw_samples(keys, made, Level(alpha, sigma), experiment.data_std, None, shape, None))
+
+    return program
+
+
+def _write(path: epath.Path, run: Run, program: bytes) -> None:
+    leaves = {f"{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(run.params))}
+    arrays = io.BytesIO()
+    np.savez(arrays, **leaves)  # type: ignore[arg-type]
+    temporary = path.parent / (path.name + ".partial")
+    with temporary.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("sampler.stablehlo", program)
+        archive.writestr("params.npz", arrays.getvalue())
+        archive.writestr("config.json", run.config.to_json())
+    temporary.replace(path)
+
+
+def load_exported(path: str | Path) -> Exported:
+    """The sampler that `export` wrote, for the platform at hand. Raises InputError for another file, or another platform."""
+    from jaxdiff.training.checkpoint import read_config  # brings Orbax
+
+    try:
+        with epath.Path(path).open("rb") as file, zipfile.ZipFile(file) as archive:
+            program = jax_export.deserialize(bytearray(archive.read("sampler.stablehlo")))
+            arrays = np.load(io.BytesIO(archive.read("params.npz")))
+            config = read_config(archive.read("config.json").decode())
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is not an exported sampler: {error}") from error
+    if jax.default_backend().replace("gpu", "cuda") not in program.platforms:
+        raise InputError(f"{path} was exported for {', '.join(program.platforms)}; this is {jax.default_backend()}")
+    experiment, call = build(config), jax.jit(program.call)
+    structure = jax.tree.structure(jax.eval_shape(experiment.init, jax.random.key(0)))
+    params = jax.tree.unflatten(structure, [jnp.asarray(arrays[f"{i}"]) for i in range(len(arrays.files))])
+
+    def generate(key, n, steps=50, label=None, guidance=1.0, times=None):
+        wanted = runs.request(config, experiment, params, key, n, steps, "ddim", label, guidance, times)
+        labels = np.full((n,), -1, np.int32) if wanted.labels is None else wanted.labels
+        words, size = jax.random.key_data(wanted.keys), min(n, config.sampling.batch_size)
+        out = []
+        for first in range(0, n, size):
+            rows = np.minimum(np.arange(first, first + size), n - 1)
+            images = call(params, words[rows], *wanted.levels, labels[rows], np.float32(guidance))
+            out.append(np.asarray(images)[: n - first])
+        return np.concatenate(out)
+
+    return Exported(config, params, generate, call)
