@@ -14,7 +14,12 @@ from jaxdiff import run as runs
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "What train.py wrote to.")
-flags.DEFINE_string("metrics", "bpd_elbo", "Comma-separated: bpd_elbo (variational bound), bpd_ode (exact, probability flow).")
+flags.DEFINE_string(
+    "metrics",
+    "bpd_elbo",
+    "Comma-separated: bpd_elbo (variational bound; in continuous time down to logsnr 10, unless the schedule was learned), "
+    "bpd_ode (exact, probability flow).",
+)
 flags.DEFINE_string("split", "test", "Which split of the data.")
 flags.DEFINE_string("data_dir", None, "Where the data is (default: the config's data_dir).")
 flags.DEFINE_integer("num", 0, "Only the first so many images; 0 is all.")

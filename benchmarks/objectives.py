@@ -120,7 +120,7 @@ def main() -> None:
     print("| model | bits/dim | standard error | less than simple by | prior | steps between | decoder | minutes |")
     print("|---|---|---|---|---|---|---|---|")
     for name, each in baselines(known, test).items():
-        print(f"| {name} | {each.mean():.3f} | {each.std() / len(each) ** 0.5:.3f} | | | | | |", flush=True)
+        print(f"| {name} | {each.mean():.3f} | {each.std(ddof=1) / len(each) ** 0.5:.3f} | | | | | |", flush=True)
     first = None
     for loss in ("simple", "hybrid", "vlb"):
         config = config_of(args.set, loss, args.channels)
@@ -131,7 +131,7 @@ def main() -> None:
             each = np.load(next(Path(workdir, "evaluation").glob("*.npy")))[:, 0]
         first = each if first is None else first
         less = first - each
-        error = less.std() / len(less) ** 0.5
+        error = less.std(ddof=1) / len(less) ** 0.5
         print(
             f"| {loss} | {row['bits_per_dim']:.3f} | {row['stderr']:.3f} | {less.mean():.3f} +- {error:.3f} | {row['prior']:.4f} | "
             f"{row['diffusion']:.3f} | {row['decoder']:.3f} | {minutes:.1f} |",

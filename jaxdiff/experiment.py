@@ -103,9 +103,12 @@ def build(config) -> Experiment:
     _check(config, model, objective, start, target, draw, weight)
     _check_objective(config, objective, start, target, draw, learns)
     lo, hi = (-LOGSNR_LIMIT, LOGSNR_LIMIT) if learns else _logsnr_range(process, start, draw)
+    if objective.weighted:
+        _check_weight(process, weight, start, draw, target)
     if objective.outputs > 1:
         model = model.clone(out_channels=objective.outputs * shape[-1])
     values = codecs.ends(codec, shape)
+    density = _density(draw)
 
     def apply(params, cond, key, x, seen):
         rngs = None if key is None else {"dropout": key}
@@ -146,8 +149,6 @@ def build(config) -> Experiment:
         along = schedule(params)
 
         def factor(t):
-            # What an adaptive draw prefers is divided out below, so that here it is uniform.
-            density = jnp.ones_like if isinstance(draw, times.Adaptive) else draw.density
             return weight(along(t), weights.rate(along, density, t), target)
 
         problem = Problem(
@@ -155,6 +156,7 @@ def build(config) -> Experiment:
             target,
             along,
             factor,
+            density,
             draw.steps,
             (draw.first, draw.last),
             values,
@@ -171,6 +173,11 @@ def build(config) -> Experiment:
     return Experiment(
         init, prepare, loss, extra, net, schedule, target, codec, shape, process.data_std, config.model.classes, draw, objective
     )
+
+
+def _density(draw: times.Draw | times.Adaptive) -> Callable[[Array], Array]:
+    # What an adaptive draw prefers is divided out of the loss, so that to an objective it is uniform.
+    return jnp.ones_like if isinstance(draw, times.Adaptive) else draw.density
 
 
 def optional(config, group: str, name: str) -> Any:
@@ -223,20 +230,49 @@ def _shape(config) -> tuple[int, ...]:
 def _check_objective(config, objective: Objective, schedule: Schedule, target, draw, learns: Learned | None) -> None:
     """Raises InputError for an objective that this process cannot have."""
     text, process = optional(config, "process", "loss"), config.process
+    weight, augment = optional(config, "process", "weight"), optional(config, "data", "augment")
     if objective.table and draw.steps < 2:
         raise InputError(f"process.loss={text!r} needs a table of at least 2 steps; set process.draw to draw_table(1000), say")
+    if objective.curve and draw.steps:
+        raise InputError(f"process.loss={text!r} needs continuous times; set process.draw to draw_uniform(0.001, 0.999), say")
     if learns is not None and not objective.curve:
         raise InputError(f"process.loss={text!r} does not train a learned schedule; allowed with one: bound")
+    if learns is not None and (draw.first, draw.last) != (0, 1):
+        raise InputError(
+            f"process.draw={process.draw!r} is not of all times of a learned schedule; allowed: draw_uniform(0.0, 1.0)"
+        )
+    if not objective.weighted and named(weights, weight, "process.weight") is not weights.unit:
+        raise InputError(f"process.weight={weight!r} would do nothing: process.loss={text!r} is weighted already; allowed: unit")
     if not (objective.table or objective.curve):
         return
-    # A bound needs the prediction, not just the target.
+    if augment:
+        raise InputError(f"data.augment={augment!r} takes pixels off the 256 values that process.loss={text!r} is a bound on")
     for t in (draw.first, draw.last):
-        level = schedule(jnp.asarray(t))
-        if np.asarray(determinant(target, level)) == 0:
-            raise InputError(
-                f"process.target={process.target!r} says nothing at t = {t:g} (alpha {level.alpha:g}, sigma {level.sigma:g}), "
-                f"which process.loss={text!r} needs; draw times within it, or use the target v"
-            )
+        _check_end(process, text, objective, t, schedule(jnp.asarray(t)), target)
+
+
+def _check_end(process, text: str, objective: Objective, t: float, level: Level, target: Target) -> None:
+    """Raises InputError where a bound cannot be trained at time t: it needs the prediction, and in continuous time the logsnr."""
+    here = f"at t = {t:g} (alpha {level.alpha:g}, sigma {level.sigma:g})"
+    if np.asarray(determinant(target, level)) == 0:
+        raise InputError(
+            f"process.target={process.target!r} says nothing {here}, which process.loss={text!r} needs; "
+            "draw times within it, or use the target v"
+        )
+    if objective.curve and not np.isfinite(logsnr(level)):
+        raise InputError(f"process.draw={process.draw!r}: process.loss={text!r} needs a finite logsnr {here}; draw times within it")
+
+
+def _check_weight(process, weight, schedule: Schedule, draw, target: Target) -> None:
+    """Raises InputError for a weight that is not finite at the first or last time, or at a row of a table of any usual size."""
+    t = jnp.linspace(draw.first, draw.last, min(max(draw.steps, 2), 100_000))
+    factor = np.asarray(weight(schedule(t), weights.rate(schedule, _density(draw), t), target))
+    if not np.isfinite(factor).all():
+        bad = float(t[~np.isfinite(factor)][-1])
+        raise InputError(
+            f"process.weight={process.weight!r} of process.target={process.target!r} is not finite at t = {bad:g}, which "
+            f"process.draw={process.draw!r} draws; draw times within it, or use the target v"
+        )
 
 
 def _check(config, model, objective, schedule, target, draw, weight) -> None:

@@ -6,7 +6,7 @@ themselves, and give bits per dimension with their standard error.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -136,19 +136,36 @@ def _discretised(values, lo, hi, x0, x, prediction, level, std):
 def bayes_decoder(lo: Array, hi: Array, values: int = 256) -> Decoder:
     """The decoder that asks no network: p(x0 | x) by Bayes' rule over `values` equal steps from `lo` to `hi`, all as likely.
 
-    Good where the least noise is far below a step. Source: Kingma et al. 2021 (VDM), eq. 14 and appendix.
+    Good where the least noise is no wider than a step. Source: Kingma et al. 2021 (VDM), eq. 14 and appendix.
     """
     return Partial(_bayes, values, lo, hi)
 
 
+# Of noise up to this many steps wide, what lies further than this many from the nearest is below exp(-20): nothing in float32.
+_NARROW, _WINDOW = 2.5, 16
+
+
 def _bayes(values, lo, hi, x0, x, prediction, level, std):
-    def log(value):
-        return -jnp.square((x - level.alpha * value) / level.sigma) / 2
+    # In steps: where x / alpha is, the value nearest to it, and how many deviations of the noise one step is.
+    width = (hi - lo) / (values - 1)
+    place = (x / level.alpha - lo) / width
+    nearest = jax.lax.stop_gradient(jnp.clip(jnp.round(place), 0, values - 1))
+    step = width * level.alpha / level.sigma
 
-    def add(total, i):
-        return jnp.logaddexp(total, log(lo + i * (hi - lo) / (values - 1))), None
+    def log(k):
+        """The log density of x given the k-th value, less that given the nearest: a difference without loss of digits."""
+        return jnp.square(step) * (k - nearest) * ((place - nearest) - (k - nearest) / 2)
 
-    return log(x0) - jax.lax.scan(add, jnp.full_like(x, -jnp.inf), jnp.arange(values))[0]
+    @jax.checkpoint  # for the gradient each share is computed again, and none of them kept
+    def add(total, k):
+        return total + jnp.where((k >= 0) & (k < values), jnp.exp(log(jnp.clip(k, 0, values - 1))), 0)
+
+    def shares(first, count):
+        return jax.lax.scan(lambda total, i: (add(total, first + i), None), jnp.zeros_like(x), jnp.arange(count))[0]
+
+    narrow = (step * _NARROW >= 1).all()
+    near, every = Partial(shares, nearest - _WINDOW, 2 * _WINDOW + 1), Partial(shares, 0, values)
+    return log(jnp.round((x0 - lo) / width)) - jnp.log(jax.lax.cond(narrow, lambda: near(), lambda: every()))
 
 
 def elbo(
@@ -163,14 +180,18 @@ def elbo(
 ) -> Bound:
     """The discrete variational bound on -log p(x0) in nats: x0 is [B, ...], `levels` a sampler's grid [T], noisiest first.
 
-    `terms` > 0 draws so many of the T - 1 steps for each sample, stratified, instead of all: the same mean, more variance. key is
-    one or [B]. Raises ValueError for a grid that is no grid, or integers. Source: DDPM eq. 5.
+    0 < `terms` < T - 1 draws so many of the T - 1 steps for each sample, stratified, more often where a step is long, instead of
+    all: the same mean, more variance. key is one or [B]. Raises ValueError for a grid that is no grid, integers, or such a number.
+    Source: DDPM eq. 5.
     """
     _check(x0, levels, 2)
+    _check_terms("elbo", terms, 0)
     denoise, keys = partial(denoise), sample_keys(key, x0.shape[0])
     levels = Level(*(jnp.asarray(a, x0.dtype) for a in levels))
     intervals = levels.alpha.size - 1
+    count = terms if 0 < terms < intervals else intervals
     ones = (1,) * (x0.ndim - 1)
+    edges = _edges(levels, data_std)
 
     def at(i):
         return Level(*(a[i].reshape(-1, *ones) for a in levels))
@@ -179,45 +200,59 @@ def elbo(
         eps = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, n), x0.shape[1:], x0.dtype))(keys)
         return diffuse(level, x0, eps)
 
-    def term(total, n):
-        if terms:
-            # Each sample draws its own steps, one from each of `terms` equal parts.
-            share = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, intervals + 1 + n)))(keys)
-            i = jnp.minimum((share + n) * (intervals / terms), intervals - 1).astype(jnp.int32)
-        else:
-            i = jnp.full(x0.shape[0], n)
-        t, s = at(i), at(i + 1)
-        return total + _sum(step_kl(x0, denoise(noisy(n, t), t), t, s, variance.step)), None
+    def chosen(n):
+        """Each sample's n-th step and one over how often it is drawn, [B] each."""
+        if count == intervals:
+            return jnp.full(x0.shape[0], n), 1.0
+        share = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, intervals + 1 + n)))(keys)
+        i = jnp.clip(jnp.searchsorted(edges, (share + n) / count, side="right") - 1, 0, intervals - 1)
+        return i, 1 / (count * (edges[i + 1] - edges[i]))
 
-    count = terms or intervals
+    def term(total, n):
+        i, weight = chosen(n)
+        t, s = at(i), at(i + 1)
+        return total + weight * _sum(step_kl(x0, denoise(noisy(n, t), t), t, s, variance.step)), None
+
     total, _ = jax.lax.scan(term, jnp.zeros(x0.shape[0], x0.dtype), jnp.arange(count))
     before, last = at(jnp.array([-2])), at(jnp.array([-1]))
     x = noisy(intervals, last)
     p = denoise(x, last)
     log = decoder(x0, x, p, last, jnp.broadcast_to(variance.last(before, last, p), x0.shape))
-    return Bound(prior_kl(x0, at(jnp.array([0])), data_std), total * (intervals / count), -_sum(log))
+    return Bound(prior_kl(x0, at(jnp.array([0])), data_std), total, -_sum(log))
+
+
+def _edges(levels: Level, data_std: float | Array) -> Array:
+    """Where the steps of a grid [T] lie in [0, 1], [T], if each is as wide as it is to be drawn often.
+
+    Half of a width is the step's own term in the bound of uncorrelated Gaussian data, (SNR_s - SNR_t) Var(x0 | x_t) / 2; the other
+    half is the same for all, so that no weight is above twice the uniform one.
+    """
+    snr = jnp.square(jnp.mean(jnp.asarray(data_std)) * levels.alpha / levels.sigma)
+    size = (snr[1:] - snr[:-1]) / (1 + snr[:-1])
+    edges = jnp.cumsum(size / size.sum() + 1 / size.size)
+    return jnp.concatenate([jnp.zeros(1, edges.dtype), edges / edges[-1]])
 
 
 def continuous_elbo(
     key: Array,
     denoise: Denoiser,
     x0: Array,
-    schedule: Schedule,
-    first: float,
-    last: float,
+    levels: Level,
     terms: int = 128,
     decoder: Decoder = gaussian_decoder,
     data_std: float | Array = 1.0,
 ) -> Bound:
-    """The variational bound on -log p(x0) in nats for infinitely many steps between the times `first` and `last`; x0 [B, ...].
+    """The variational bound on -log p(x0) in nats for infinitely many steps between the ends of `levels` [N]; x0 is [B, ...].
 
-    The integral over t is `terms` stratified draws a sample, so its mean is exact. The decoder's deviation is sigma / alpha at
-    `first`. key is one or [B]. Raises ValueError for times that do not rise. Source: VDM eqs. 11 and 17.
+    `levels` fall from noise to data as a sampler's grid does, and only the first and the last matter: the bound does not depend on
+    the path, and here it is even in logsnr, where the integrand is bounded. The integral is `terms` stratified draws a sample, so
+    its mean is exact. The decoder's deviation is sigma / alpha at the last. key is one or [B]. Raises ValueError for levels that do
+    not fall or hold alpha = 0, integers, and terms < 1. Source: VDM eqs. 11 and 17, section 5.1 for the path.
     """
-    if not first < last or terms < 1:
-        raise ValueError(f"continuous_elbo needs first < last and at least 1 term, got {first=}, {last=}, {terms=}")
-    _check(x0, schedule(jnp.linspace(last, first, 3)), 2)
+    _check(x0, levels, 2, data=True)
+    _check_terms("continuous_elbo", terms, 1)
     denoise, keys = partial(denoise), sample_keys(key, x0.shape[0])
+    first, last = (Level(*(jnp.asarray(a[i], x0.dtype) for a in levels)) for i in (0, -1))
     ones = (1,) * (x0.ndim - 1)
 
     def noise(n):
@@ -225,14 +260,18 @@ def continuous_elbo(
 
     def term(total, n):
         share = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, terms + 1 + n)))(keys)
-        t = (first + (last - first) * (share + n) / terms).reshape(-1, *ones)
-        return total + _sum(diffusion_term(denoise, schedule, t, x0, noise(n))), None
+        level, eps = _between(first, last, ((share + n) / terms).reshape(-1, *ones)), noise(n)
+        return total + _sum(jnp.square(eps_error(denoise(diffuse(level, x0, eps), level), level, x0, eps))), None
 
     total, _ = jax.lax.scan(term, jnp.zeros(x0.shape[0], x0.dtype), jnp.arange(terms))
-    lowest, highest = (schedule(jnp.asarray(t, x0.dtype)) for t in (first, last))
-    x = diffuse(lowest, x0, noise(terms))
-    log = decoder(x0, x, denoise(x, lowest), lowest, jnp.broadcast_to(lowest.sigma / lowest.alpha, x0.shape))
-    return Bound(prior_kl(x0, highest, data_std), total * ((last - first) / terms), -_sum(log))
+    x = diffuse(last, x0, noise(terms))
+    log = decoder(x0, x, denoise(x, last), last, jnp.broadcast_to(last.sigma / last.alpha, x0.shape))
+    return Bound(prior_kl(x0, first, data_std), total * (logsnr(last) - logsnr(first)) / (2 * terms), -_sum(log))
+
+
+def _between(t: Level, s: Level, r: Array) -> Level:
+    """The level at a share r of the way from t to s, geometric in alpha and sigma, so even in logsnr; of r's shape."""
+    return Level(t.alpha * jnp.exp(r * jnp.log(s.alpha / t.alpha)), t.sigma * jnp.exp(r * jnp.log(s.sigma / t.sigma)))
 
 
 def diffusion_term(denoise: Denoiser, schedule: Schedule, t: Array, x0: Array, eps: Array) -> Array:
@@ -292,9 +331,7 @@ def log_likelihood(
     that do not fall or hold alpha = 0. Source: Song et al. 2021, eq. 39; the divergence of the flow is
     D dlog(sigma) + alpha / 2 dlogsnr tr(dx0/dx), whose first part is integrated exactly.
     """
-    _check(x0, levels, 2)
-    if not _known(levels.alpha, lambda a: (a > 0).all()):
-        raise ValueError("log_likelihood needs alpha > 0 at every level: the flow from pure noise has no logsnr to follow")
+    _check(x0, levels, 2, data=True)
     denoise, keys = partial(denoise), sample_keys(key, x0.shape[0])
     dims = int(np.prod(x0.shape[1:]))
     # Upward, from data to noise.
@@ -306,7 +343,7 @@ def log_likelihood(
         da, ds = jnp.log(s.alpha / t.alpha), jnp.log(s.sigma / t.sigma)
 
         def slope(r, x):
-            level = Level(t.alpha * jnp.exp(r * da), t.sigma * jnp.exp(r * ds))
+            level = _between(t, s, r)
 
             def data(x):
                 return denoise(x, level).x0
@@ -353,9 +390,7 @@ def image_continuous_elbo(
     denoise: Denoiser,
     codec: Codec,
     images: Array,
-    schedule: Schedule,
-    first: float,
-    last: float,
+    levels: Level,
     terms: int = 128,
     data_std: float | Array = 1.0,
 ) -> Bits:
@@ -364,7 +399,7 @@ def image_continuous_elbo(
     The other arguments as in `continuous_elbo`. Raises ValueError for other images.
     """
     z, lo, hi = _encoded(codec, images)
-    bound = continuous_elbo(key, denoise, z, schedule, first, last, terms, bayes_decoder(lo, hi), data_std)
+    bound = continuous_elbo(key, denoise, z, levels, terms, bayes_decoder(lo, hi), data_std)
     return _bits(bound, z)
 
 
@@ -407,7 +442,9 @@ def _encoded(codec: Codec, images: Array) -> tuple[Array, Array, Array]:
     if not hasattr(images, "dtype") or not np.issubdtype(np.dtype(kind), np.integer):
         raise ValueError(f"a likelihood of images takes integers from 0 to 255 (uint8), got {kind}; they are dequantized here")
     if kind != np.uint8:
-        if not _known(images, lambda a: ((a >= 0) & (a <= 255)).all()):
+        if isinstance(images, jax.core.Tracer):
+            raise ValueError(f"inside jit a likelihood of images takes uint8 alone, got {kind}: their values are not known there")
+        if not ((np.asarray(images) >= 0) & (np.asarray(images) <= 255)).all():
             raise ValueError(f"a likelihood of images takes integers from 0 to 255, got {kind} values outside")
         images = jnp.asarray(images, jnp.uint8)
     z = codec.encode(jax.random.key(0), jnp.asarray(images))
@@ -416,23 +453,32 @@ def _encoded(codec: Codec, images: Array) -> tuple[Array, Array, Array]:
     return z, *ends(codec, images.shape[1:])
 
 
-def _check(x0: Array, levels: Level, least: int) -> None:
-    """Raises ValueError for integers, and where concrete levels are no falling grid of at least `least` with noise everywhere."""
+def _check(x0: Array, levels: Level, least: int, data: bool = False) -> None:
+    """Raises ValueError for integers, and where known levels are no falling grid of at least `least` with noise everywhere.
+
+    With `data`, there must be some data everywhere too. Levels that jit traces are not known.
+    """
     if not jnp.issubdtype(x0.dtype, jnp.floating):
         raise ValueError(f"this likelihood is of real numbers, got {x0.dtype}; for images there is image_{{elbo,log_likelihood}}")
     if jnp.ndim(levels.alpha) != 1 or jnp.size(levels.alpha) < least:
         raise ValueError(f"a likelihood needs a grid of at least {least} levels, got shape {jnp.shape(levels.alpha)}")
-    if not _known(levels.sigma, lambda a: (a > 0).all()):
+    if any(isinstance(a, jax.core.Tracer) for a in levels):
+        return
+    # In NumPy: within jit, JAX would trace even what is known.
+    alpha, sigma = (np.asarray(a, np.float64) for a in levels)
+    if not (sigma > 0).all():
         raise ValueError("a likelihood needs sigma > 0 at every level: at sigma = 0 its density is not finite")
-    if not _known(jnp.asarray(logsnr(levels)), lambda a: (np.diff(a) > 0).all()):
+    if data and not (alpha > 0).all():
+        raise ValueError("this likelihood needs alpha > 0 at every level: from pure noise there is no logsnr to follow")
+    if not (np.diff(alpha / sigma) > 0).all():
         raise ValueError(
             "a likelihood needs levels that fall from noise to data: the log signal-to-noise ratio must rise all the way"
         )
 
 
-def _known(a: Any, holds: Callable[[np.ndarray], Any]) -> bool:
-    """Whether a condition holds, True where the numbers are not known because they are being traced."""
-    return True if isinstance(a, jax.core.Tracer) else bool(holds(np.asarray(a)))
+def _check_terms(name: str, terms: int, least: int) -> None:
+    if isinstance(terms, bool) or not isinstance(terms, int | np.integer) or terms < least:
+        raise ValueError(f"{name} needs a whole number of terms, at least {least}, got {terms!r}")
 
 
 def _sum(a: Array) -> Array:

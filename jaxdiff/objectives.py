@@ -36,15 +36,16 @@ __all__ = ["bound", "hybrid", "simple", "vlb"]
 class Problem(NamedTuple):
     """What an objective is told of the process it trains: all that does not change from sample to sample.
 
-    `weight(t)` is the factor on the squared error of the target; `steps` the rows of the table that t is drawn from, 0 without a
-    table; `ends` the first and last time; `values` black and white as the process sees them, [1, ..., 1, C] each; `curve` the
-    parameters of a learned schedule, None where it is fixed.
+    `weight(t)` is the factor on the squared error of the target; `density(t)` that of the draw, and `ends` its first and last time;
+    `steps` the rows of the table that t is drawn from, 0 without a table; `values` black and white as the process sees them,
+    [1, ..., 1, C] each; `curve` the parameters of a learned schedule, None where it is fixed.
     """
 
     net: Net
     target: Target
     schedule: Schedule
     weight: Callable[[Array], Array]
+    density: Callable[[Array], Array]
     steps: int
     ends: tuple[float, float]
     values: tuple[Array, Array]
@@ -56,13 +57,15 @@ class Objective(NamedTuple):
     """`loss(problem, x0, eps, t) -> (loss of each sample [B], metrics)`, with x0 and eps [B, ...] and t [B, 1, ..., 1].
 
     `outputs` is how many numbers the network says of an entry, 2 with a learned variance; `table` whether t must be a table's rows;
-    `curve` whether it can train a learned schedule.
+    `curve` whether it must be continuous, between two ends, and a learned schedule can be trained; `weighted` whether it asks the
+    problem's weight.
     """
 
     outputs: int
     loss: Callable[[Problem, Array, Array, Array], tuple[Array, dict[str, Array]]]
     table: bool = False
     curve: bool = False
+    weighted: bool = True
 
 
 def simple() -> Objective:
@@ -75,7 +78,7 @@ def vlb() -> Objective:
 
     The last term is the decoder's, a discretised Gaussian. Source: Nichol and Dhariwal 2021 (Improved DDPM), eqs. 4 to 7 and 15.
     """
-    return Objective(2, _vlb, table=True)
+    return Objective(2, _vlb, table=True, weighted=False)
 
 
 def hybrid(share: float = 0.001) -> Objective:
@@ -94,7 +97,7 @@ def bound() -> Objective:
     Of a learned schedule the ends follow the bound's gradient; to the rest the bound does not react, and it follows the gradient of
     the squared diffusion term, whose mean is the estimate's variance. Source: VDM eqs. 11, 14, 17 and appendix I.2.
     """
-    return Objective(1, _bound, curve=True)
+    return Objective(1, _bound, curve=True, weighted=False)
 
 
 def split_output(outputs: int, y: Array) -> tuple[Array, Any]:
@@ -158,10 +161,9 @@ def _bound(problem, x0, eps, t):
     x = diffuse(low, x0, eps)
     log = bayes_decoder(*problem.values)(x0, x, Prediction(x, eps), low, low.sigma)
     dims = int(np.prod(x0.shape[1:]))
-    length = problem.ends[1] - problem.ends[0]
     denoise = denoiser(problem.net, problem.target, problem.data_std)
     if problem.curve is None:
-        diffusion, pull = length * _mean(diffusion_term(denoise, problem.schedule, t, x0, eps)), 0.0
+        diffusion, pull = _mean(diffusion_term(denoise, problem.schedule, t, x0, eps) / problem.density(t)), 0.0
     else:
         diffusion, pull = _diffusion_of_a_learned_curve(problem.curve, denoise, t, x0, eps)
     terms = {"prior": prior_kl(x0, high, problem.data_std) / dims, "diffusion": diffusion, "decoder": -_mean(log)}

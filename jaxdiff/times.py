@@ -161,8 +161,17 @@ def _host() -> jax.Device | None:
 
 
 def draw_table(steps: int = 1000) -> Draw:
-    """Training times uniform over the rows i / steps, i = 1 ... steps. Source: DDPM algorithm 1, line 3."""
+    """Training times uniform over the rows i / steps, i = 1 ... steps. Source: DDPM algorithm 1, line 3.
+
+    Raises ValueError where `steps` is not a whole number, at least 1.
+    """
+    if not _whole(steps):
+        raise ValueError(f"draw_table needs a whole number of steps, at least 1, got {steps=}")
     return Draw(Partial(_draw_table, steps), 1 / steps, 1.0, Partial(jnp.ones_like), steps)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= 1
 
 
 def _draw_table(steps: Array, key: Array, n: int) -> Array:
@@ -256,10 +265,10 @@ def draw_importance(steps: int = 1000, history: int = 10, uniform: float = 0.001
 
     A share `uniform` of the draws stays uniform, and all of them are until every row has its `history` losses. A loss divided by
     the draw's density has the mean that uniform rows would give it. Source: Nichol and Dhariwal 2021 (Improved DDPM), eq. 18 and
-    section 3.3. Raises ValueError for steps < 1, history < 1 or `uniform` outside [0, 1].
+    section 3.3. Raises ValueError where steps or history is no whole number, at least 1, or `uniform` is outside [0, 1].
     """
-    if not (steps >= 1 and history >= 1 and 0 <= uniform <= 1):
-        need = "steps >= 1, history >= 1 and 0 <= uniform <= 1"
+    if not (_whole(steps) and _whole(history) and 0 <= uniform <= 1):
+        need = "whole steps >= 1, whole history >= 1 and 0 <= uniform <= 1"
         raise ValueError(f"draw_importance needs {need}, got {steps=}, {history=}, {uniform=}")
     return Adaptive(Partial(_no_history, steps, history), Partial(_draw_of_history, uniform), _record, 1 / steps, 1.0, steps)
 

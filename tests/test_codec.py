@@ -8,7 +8,7 @@ import pytest
 from jaxdiff import codec
 
 CIFAR = ((-0.017, -0.036, -0.107), (0.494, 0.487, 0.523))
-CODECS = {"pixels": codec.pixels(), "standardised": codec.standardised(*CIFAR)}
+CODECS = {"pixels": codec.pixels(), "standardised": codec.standardised(*CIFAR), "centred": codec.centred()}
 EVERY = np.stack([np.roll(np.arange(256, dtype=np.uint8), 85 * c) for c in range(3)], -1).reshape(2, 8, 16, 3)
 
 
@@ -27,6 +27,17 @@ def test_every_value_survives(name, shape):
 def test_pixels_run_from_minus_one_to_one():
     z = CODECS["pixels"].encode(None, jnp.asarray([[0, 51, 255]], jnp.uint8))
     np.testing.assert_allclose(z, [[-1, -0.6, 1]], atol=1e-6)
+
+
+def test_centred_pixels_are_the_middles_of_256_parts():
+    z = np.asarray(CODECS["centred"].encode(None, jnp.arange(256, dtype=jnp.uint8)[:, None]), np.float64)
+    np.testing.assert_array_equal(z[:, 0], 2 * (np.arange(256) + 0.5) / 256 - 1)
+    lo, hi = codec.ends(CODECS["centred"], (1, 1))
+    assert (hi - lo).item() / 255 == 1 / 128
+    # What the sine of 2^7 pi z has beyond its sign, it has of noise alone.
+    np.testing.assert_allclose(np.abs(np.sin(128 * np.pi * z)), 1, rtol=1e-12)
+    values = jnp.asarray([[-3.0, -1.0, -1 + 1.99 / 256, -1 + 2.01 / 256, 1.0]])
+    np.testing.assert_array_equal(CODECS["centred"].decode(values), [[0, 0, 0, 1, 255]])
 
 
 def test_decode_rounds_to_the_nearest_and_clips():

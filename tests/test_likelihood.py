@@ -58,21 +58,17 @@ def test_the_discrete_bound_lies_above_the_entropy_and_tightens_with_more_steps(
     assert gaps[2] < gaps[1] / 6, (gaps, errors)  # eight times as many steps, a gap of order 1 / T
 
 
-def even(t):
-    """A curve even in logsnr, from 13 to -13: the bound's integrand is then nearly flat, and its estimate tight."""
-    logsnr = 13 - 26 * t
-    return jd.Level(jnp.sqrt(jax.nn.sigmoid(logsnr)), jnp.sqrt(jax.nn.sigmoid(-logsnr)))
-
-
-def even_straight(t):
-    """The same logsnr on the straight path."""
-    logsnr = 13 - 26 * t
+def ends(name):
+    """The two ends of a path from logsnr -13 to 13, variance preserving or straight."""
+    logsnr = jnp.array([-13.0, 13.0])
+    if name == "circle":
+        return jd.schedules.of_logsnr(logsnr)
     return jd.Level(jax.nn.sigmoid(logsnr / 2), jax.nn.sigmoid(-logsnr / 2))
 
 
-@pytest.mark.parametrize("schedule", [even, even_straight])
+@pytest.mark.parametrize("name", ["circle", "straight"])
 @pytest.mark.parametrize("data", ["gaussian", "mixture"])
-def test_the_continuous_bound_of_the_exact_model_is_the_entropy(data, schedule):
+def test_the_continuous_bound_of_the_exact_model_is_the_entropy(data, name):
     if data == "gaussian":
         x0, denoise = gaussian_data(8000), oracles.gaussian(MEAN, VAR)
         exact = gaussian_nll(x0)
@@ -80,7 +76,7 @@ def test_the_continuous_bound_of_the_exact_model_is_the_entropy(data, schedule):
         x0 = mixture_data(8000)
         denoise = oracles.mixture(*(jnp.asarray(a, jnp.float32) for a in (WEIGHTS, MEANS, STDS)))
         exact = mixture_nll(x0)
-    bound = jax.jit(lambda x0: likelihood.continuous_elbo(KEY, denoise, x0, schedule, 0.0, 1.0, 64))(x0)
+    bound = jax.jit(lambda x0: likelihood.continuous_elbo(KEY, denoise, x0, ends(name), 64))(x0)
     each = np.asarray(bound.total) - exact
     assert abs(each.mean()) < 4 * standard_error(each), (each.mean(), standard_error(each))
     assert standard_error(each) < 0.04
@@ -96,26 +92,65 @@ def test_few_terms_have_the_mean_of_all():
     assert abs(every.mean() - some.mean()) < 4 * np.hypot(standard_error(every), standard_error(some))
 
 
-def test_a_step_s_divergence_is_its_monte_carlo_estimate():
-    t, s = (jd.schedules.cosine(jnp.array(u)) for u in (0.5, 0.45))
+def test_few_terms_of_a_long_table_vary_little_more_than_all():
+    """A few first rows carry most of this bound; drawn no more often than the others, they make it vary several times as much."""
+    x0 = jnp.tile(gaussian_data(1), (500, 1))
+    levels = jd.grid(jd.schedules.cosine_beta(1000), jd.times.strided(1000, 1000))
+    every, some = (
+        np.asarray(jax.jit(lambda x, n=n: likelihood.elbo(KEY, oracles.gaussian(MEAN, VAR), x, levels, terms=n).diffusion)(x0))
+        for n in (0, 60)
+    )
+    assert some.std() < 1.5 * every.std(), (every.std(), some.std())
+    assert abs(every.mean() - some.mean()) < 4 * np.hypot(standard_error(every), standard_error(some))
+
+
+def log_normal(x, mean, std):
+    return -np.square((x - mean) / std) / 2 - np.log(std)
+
+
+@pytest.mark.parametrize("std", [jd.posterior_std, jd.beta_std, jd.learned_std], ids=["small", "large", "learned"])
+@pytest.mark.parametrize("t, s", [(0.5, 0.45), (0.9, 0.2), (0.1, 0.05), (0.999, 0.99)])
+def test_a_step_s_divergence_is_its_monte_carlo_estimate(t, s, std):
+    t, s = (jd.schedules.cosine(jnp.array(u)) for u in (t, s))
     n = 200_000
     x0 = jnp.array([[0.7, -0.2]])
     x = jd.diffuse(t, x0, jnp.array([[0.4, -1.1]]))
     p = oracles.gaussian(0.1, 0.5)(x, t)._replace(aux=jnp.array([[0.3, -0.6]]))
-    kl = likelihood.step_kl(x0, p, t, s, jd.learned_std)
+    kl = likelihood.step_kl(x0, p, t, s, std)
 
     def mean(x0, eps):
         return s.alpha * x0 + jnp.sqrt(s.sigma**2 - jd.posterior_std(t, s) ** 2) * eps
 
-    true, model = jd.posterior_std(t, s), jd.learned_std(t, s, p)
+    true, model = jd.posterior_std(t, s), std(t, s, p)
     q = mean(x0, (x - t.alpha * x0) / t.sigma)
     draws = q + true * jax.random.normal(KEY, (n, 2))
+    each = np.asarray(log_normal(draws, q, true) - log_normal(draws, mean(p.x0, p.eps), model))
+    np.testing.assert_array_less(np.abs(each.mean(0) - np.asarray(kl)[0]), 4 * each.std(0) / np.sqrt(n) + 1e-6)
 
-    def log(x, m, std):
-        return -np.square((x - m) / std) / 2 - np.log(std)
 
-    each = np.asarray(log(draws, q, true) - log(draws, mean(p.x0, p.eps), model))
-    np.testing.assert_array_less(np.abs(each.mean(0) - np.asarray(kl)[0]), 4 * each.std(0) / np.sqrt(n))
+@pytest.mark.parametrize("level", [jd.Level(0.1, 0.995), jd.Level(0.6, 0.8), jd.Level(1.0, 3.0)])
+def test_the_prior_s_divergence_is_its_monte_carlo_estimate(level):
+    x0, data_std, n = np.array([0.7, -1.2]), 0.5, 200_000
+    draws = level.alpha * x0 + level.sigma * np.random.default_rng(0).standard_normal((n, 2))
+    prior = np.hypot(level.alpha * data_std, level.sigma)
+    each = (log_normal(draws, level.alpha * x0, level.sigma) - log_normal(draws, 0, prior)).sum(1)
+    found = likelihood.prior_kl(jnp.asarray(x0[None], jnp.float32), jd.Level(*map(jnp.float32, level)), data_std)
+    assert abs(each.mean() - float(found[0])) < 4 * standard_error(each)
+
+
+@pytest.mark.parametrize("variance", [likelihood.small, likelihood.large], ids=["small", "large"])
+def test_both_fixed_variances_of_a_table_bound_the_entropy(variance):
+    """Their decoder has the deviation of the step before the last, so data finer than that costs more than `fixed` does."""
+    x0, levels = gaussian_data(4000), jd.grid(jd.schedules.cosine, np.geomspace(0.999, 0.001, 64))
+    denoise = oracles.gaussian(MEAN, VAR)
+    found, fixed = (jax.jit(lambda x, v=v: likelihood.elbo(KEY, denoise, x, levels, v))(x0) for v in (variance, likelihood.fixed))
+    each = np.asarray(found.total) - gaussian_nll(x0)
+    assert 4 * standard_error(each) < each.mean() < 30
+    by_hand = jd.beta_std if variance is likelihood.large else jd.posterior_std
+    only = likelihood.Variance(by_hand, likelihood.fixed.last)
+    step = jax.jit(lambda x: likelihood.elbo(KEY, denoise, x, levels, only))(x0)
+    np.testing.assert_allclose(found.diffusion, step.diffusion, rtol=1e-5)
+    assert (found.decoder != fixed.decoder).all() and (found.diffusion == fixed.diffusion).all() == (by_hand is jd.posterior_std)
 
 
 @pytest.mark.parametrize("std", [1e-4, 0.002, 0.03, 1.0, 40.0])
@@ -143,14 +178,36 @@ def test_the_decoder_s_gradient_is_finite_far_out():
             assert np.isfinite(grads[0]).all() and np.isfinite(grads[1]), (mean, log_std, grads)
 
 
-def test_the_bayes_decoder_sums_to_one_and_is_sure_without_noise():
+@pytest.mark.parametrize("deviations", [0.17, 1.0, 2.49, 2.51, 5.0, 60.0, 1000.0])
+@pytest.mark.parametrize("at", [-200.0, 0.3, 77.0, 128.5, 254.8, 500.0])
+def test_the_bayes_decoder_is_bayes_rule_over_all_values(deviations, at):
+    """Against float64 over all 256 values: noise far below a step, around where the window ends, and far above; it sums to one."""
     values = jnp.arange(256, dtype=jnp.float32)[:, None] / 127.5 - 1
     decoder = likelihood.bayes_decoder(jnp.array([[-1.0]]), jnp.array([[1.0]]))
-    for sigma in (1e-4, 0.01, 0.5):
-        level = jd.Level(jnp.sqrt(1 - sigma**2), jnp.array(sigma))
-        log = decoder(values, jnp.full_like(values, values[77, 0] * level.alpha), None, level, None)
-        np.testing.assert_allclose(np.exp(np.asarray(log)).sum(), 1, rtol=1e-4)
-        assert sigma > 1e-3 or log[77, 0] > -1e-6
+    alpha, ratio = 0.9, deviations / 127.5
+    level = jd.Level(jnp.float32(alpha), jnp.float32(alpha * ratio))
+    x = jnp.full_like(values, alpha * (at / 127.5 - 1))
+    log = np.asarray(jax.jit(decoder)(values, x, None, level, None), np.float64)
+    scaled = (np.float64(x) / np.float64(level.alpha) + 1) * 127.5
+    wanted = -np.square((scaled - np.arange(256)[:, None]) / (np.float64(level.sigma / level.alpha) * 127.5)) / 2
+    wanted -= wanted.max() + np.log(np.exp(wanted - wanted.max()).sum())
+    near = wanted > -30  # what is rarer than that has no weight
+    # In float32 the place of x among the values has an error of 1e-5 steps, which counts in units of the noise's variance.
+    np.testing.assert_allclose(log[near], wanted[near], atol=3e-4 / min(deviations, 1) ** 2)
+    np.testing.assert_allclose(np.exp(log).sum(), 1, rtol=1e-5)
+
+
+def test_the_bayes_decoder_keeps_no_value_for_the_gradient():
+    decoder = likelihood.bayes_decoder(jnp.array([[-1.0]]), jnp.array([[1.0]]))
+    x = jnp.zeros((64, 1024))
+
+    def total(x, log_sigma):
+        return decoder(x, x, None, jd.Level(jnp.float32(1), jnp.exp(log_sigma)), None).sum()
+
+    compiled = jax.jit(jax.grad(total, (0, 1))).lower(x, jnp.float32(-5)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 60 * x.nbytes
+    grads = compiled(x, jnp.float32(-5))
+    assert np.isfinite(grads[0]).all() and np.isfinite(grads[1])
 
 
 @pytest.mark.parametrize(
@@ -206,7 +263,7 @@ def test_images_get_bits_with_their_standard_error_and_every_estimate_agrees():
     levels = jd.grid(jd.schedules.cosine, np.geomspace(0.999, 0.004, 200))
     found = {
         "elbo": likelihood.image_elbo(KEY, denoise, codec, images, levels),
-        "continuous": likelihood.image_continuous_elbo(KEY, denoise, codec, images, jd.schedules.cosine, 4e-3, 0.999, 256),
+        "continuous": likelihood.image_continuous_elbo(KEY, denoise, codec, images, levels, 256),
         "flow": likelihood.image_log_likelihood(KEY, denoise, codec, images, levels),
     }
     # The flow spreads each value over its width, which loses nothing on so smooth a density.
@@ -247,7 +304,7 @@ def test_a_sample_s_figure_does_not_depend_on_its_batch():
 )
 def test_what_is_no_8_bit_image_is_refused(images, said):
     levels = jd.grid(jd.schedules.cosine, np.array([0.9, 0.1]))
-    for f in (likelihood.image_elbo, likelihood.image_log_likelihood):
+    for f in (likelihood.image_elbo, likelihood.image_continuous_elbo, likelihood.image_log_likelihood):
         with pytest.raises(ValueError, match=said):
             f(KEY, oracles.gaussian(0.0, 1.0), jd.codec.pixels(), images, levels)
 
@@ -269,10 +326,51 @@ def test_a_grid_that_is_none_is_refused(levels, said):
 
 def test_integers_and_a_start_without_data_are_refused():
     levels = jd.grid(jd.schedules.cosine, np.array([1.0, 0.5, 0.1]))
-    with pytest.raises(ValueError, match="alpha > 0"):
-        likelihood.log_likelihood(KEY, oracles.gaussian(0.0, 1.0), jnp.zeros((2, 3)), levels)
+    for f in (likelihood.log_likelihood, likelihood.continuous_elbo):
+        with pytest.raises(ValueError, match="alpha > 0"):
+            f(KEY, oracles.gaussian(0.0, 1.0), jnp.zeros((2, 3)), levels)
     with pytest.raises(ValueError, match="real numbers, got uint8"):
         likelihood.elbo(KEY, oracles.gaussian(0.0, 1.0), jnp.zeros((2, 3), jnp.uint8), levels)
+
+
+def test_a_schedule_that_is_not_monotone_is_refused_by_its_grid():
+    def bent(t):
+        return jd.schedules.of_logsnr(10 - 20 * t + 4 * jnp.sin(20 * t))
+
+    levels = jd.grid(bent, np.linspace(1.0, 0.0, 65))
+    for f in (likelihood.elbo, likelihood.continuous_elbo, likelihood.log_likelihood):
+        with pytest.raises(ValueError, match="fall from noise to data"):
+            f(KEY, oracles.gaussian(0.0, 1.0), jnp.zeros((2, 3)), levels)
+
+
+@pytest.mark.parametrize("f, least", [(likelihood.elbo, 0), (likelihood.continuous_elbo, 1)])
+def test_terms_are_a_whole_number(f, least):
+    levels = jd.grid(jd.schedules.cosine, np.linspace(0.9, 0.1, 5))
+    for terms in (-1, 2.5, True, least - 1):
+        with pytest.raises(ValueError, match=f"whole number of terms, at least {least}, got {terms}"):
+            f(KEY, oracles.gaussian(0.0, 1.0), jnp.zeros((2, 3)), levels, terms=terms)
+
+
+def test_more_terms_than_there_are_steps_are_all_of_them():
+    x0, levels = gaussian_data(5), jd.grid(jd.schedules.cosine, np.linspace(0.9, 0.1, 5))
+    every, more = (likelihood.elbo(KEY, oracles.gaussian(MEAN, VAR), x0, levels, terms=n).total for n in (0, 9))
+    np.testing.assert_array_equal(every, more)
+
+
+def test_within_jit_what_is_known_is_checked_and_what_is_not_must_be_uint8():
+    wrong = jd.Level(np.array([0.9, 0.5]), np.array([0.4, 0.8]))
+    for levels in (wrong, jax.device_put(wrong)):
+        with pytest.raises(ValueError, match="fall from noise to data"):
+            jax.jit(lambda x, levels=levels: likelihood.elbo(KEY, oracles.gaussian(0.0, 1.0), x, levels).total)(jnp.zeros((2, 3)))
+    levels = jd.grid(jd.schedules.cosine, np.array([0.9, 0.1]))
+
+    def bits(images):
+        return likelihood.image_elbo(KEY, oracles.gaussian(0.0, 1.0), jd.codec.pixels(), images, levels).mean
+
+    with pytest.raises(ValueError, match=r"inside jit .* uint8 alone, got int32"):
+        jax.jit(bits)(jnp.zeros((2, 4, 4, 1), jnp.int32))
+    images = np.full((2, 4, 4, 1), 9)
+    np.testing.assert_allclose(jax.jit(bits)(images.astype(np.uint8)), bits(images), rtol=1e-5)
 
 
 def test_a_second_call_with_other_levels_does_not_compile_again():

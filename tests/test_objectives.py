@@ -17,8 +17,8 @@ TABLE = schedules.linear_beta(STEPS, 1e-3, 0.3)
 VALUES = (jnp.array([[-1.0]]), jnp.array([[1.0]]))
 
 
-def problem(net, target=jd.targets.eps, schedule=TABLE, steps=STEPS, ends=(1 / STEPS, 1.0), curve=None):
-    return objectives.Problem(net, target, schedule, lambda t: jnp.ones_like(t), steps, ends, VALUES, 1.0, curve)
+def problem(net, target=jd.targets.eps, schedule=TABLE, steps=STEPS, ends=(1 / STEPS, 1.0), curve=None, density=jnp.ones_like):
+    return objectives.Problem(net, target, schedule, jnp.ones_like, density, steps, ends, VALUES, 1.0, curve)
 
 
 def linear(params, x, seen):
@@ -88,22 +88,27 @@ def test_importance_sampled_vlb_has_the_mean_of_uniform_rows():
     assert (density / STEPS * (each / density) ** 2).sum() - each.mean() ** 2 < 0.05 * each.var()
 
 
-def test_the_continuous_bound_as_an_objective_is_the_likelihood_s():
-    n = 50_000
+def log_uniform(t):
+    """Times even in their logarithm, and their density."""
+    return 0.001 * 999.0**t, lambda t: 1 / (t * np.log(999.0))
+
+
+@pytest.mark.parametrize("drawn", [lambda u: (0.001 + 0.998 * u, lambda t: jnp.ones_like(t) / 0.998), log_uniform])
+def test_the_continuous_bound_as_an_objective_is_the_likelihood_s_whatever_is_drawn(drawn):
+    n = 20_000
     x0 = jnp.tile(batch(1)[0], (n, 1))
     eps = jax.random.normal(jax.random.key(1), x0.shape)
-    t = times.draw_uniform(0.001, 0.999).sample(jax.random.key(2), n)[:, None]
+    t, density = drawn(times.draw_uniform().sample(jax.random.key(2), n)[:, None])
     oracle = oracles.network(oracles.gaussian(0.0, 0.3), jd.targets.v)
-    p = problem(oracle, jd.targets.v, schedules.cosine, 0, (0.001, 0.999))
+    p = problem(oracle, jd.targets.v, schedules.cosine, 0, (0.001, 0.999), density=density)
     each, told = jax.jit(lambda: objectives.bound().loss(p, x0, eps, t))()
+    levels = times.grid(schedules.cosine, np.array([0.999, 0.001]))
     found = jax.jit(
         lambda: likelihood.continuous_elbo(
             jax.random.key(3),
             oracles.gaussian(0.0, 0.3),
             x0[:5000],
-            schedules.cosine,
-            0.001,
-            0.999,
+            levels,
             128,
             likelihood.bayes_decoder(*VALUES),
         )
@@ -182,6 +187,10 @@ def test_every_objective_trains_and_its_loss_falls(changes):
         assert (state.extra.counts > 0).all() and int(state.extra.counts.sum()) == 60 * 32
 
 
+VLB = {"process.loss": "vlb", "process.schedule": "linear_beta(20)", "process.draw": "draw_table(20)"}
+LEARNED = {"process.loss": "bound", "process.schedule": "learned(-6.0, 8.0, features=16)"}
+
+
 @pytest.mark.parametrize(
     "changes, said",
     [
@@ -192,11 +201,26 @@ def test_every_objective_trains_and_its_loss_falls(changes):
         ({"process.weight": "min_snr"}, "needs brackets"),
         ({"process.weight": "min_snr(0)"}, "gamma > 0"),
         ({"process.schedule": "learned(-6.0, 8.0)"}, "does not train a learned schedule"),
-        ({"process.draw": "draw_table(0)"}, "draw_table"),
+        ({"process.draw": "draw_table(0)"}, "draw_table needs a whole number of steps, at least 1, got steps=0"),
         ({"process.schedule": "linear_beta(0)"}, "steps >= 1"),
-        ({"process.loss": "bound", "process.target": "eps", "process.draw": "draw_uniform(0.001, 1.0)"}, "says nothing at t = 1"),
-        ({"process.schedule": "ve(50.0, 0.01)"}, "lo"),
+        ({"process.schedule": "ve(50.0, 0.01)"}, "ve needs 0 < lo < hi, got lo=50.0, hi=0.01"),
         ({"data.augment": "flip"}, "unknown"),
+        ({"process.loss": "bound", "process.target": "eps", "process.draw": "draw_uniform(0.001, 1.0)"}, "says nothing at t = 1"),
+        ({"process.loss": "bound", "process.draw": "draw_uniform(0.001, 1.0)"}, "needs a finite logsnr at t = 1"),
+        ({"process.loss": "bound", "process.draw": "draw_table(20)"}, "'bound' needs continuous times"),
+        (
+            {**LEARNED, "process.draw": "draw_uniform(0.1, 0.9)"},
+            "'draw_uniform.0.1, 0.9.' is not of all times of a learned schedule",
+        ),
+        ({"process.loss": "bound", "process.weight": "elbo"}, "process.weight='elbo' would do nothing"),
+        ({**VLB, "process.weight": "min_snr(5)"}, "process.weight='min_snr.5.' would do nothing"),
+        ({**VLB, "data.augment": "edm(0.12)"}, "takes pixels off the 256 values"),
+        ({"process.loss": "bound", "data.augment": "edm(0.12)"}, "takes pixels off the 256 values"),
+        (
+            {"process.weight": "elbo", "process.target": "eps", "process.draw": "draw_table(20)"},
+            "process.weight='elbo' of process.target='eps' is not finite at t = 1",
+        ),
+        ({"process.weight": "edm(0.5)", "process.target": "eps", "process.draw": "draw_uniform(0.1, 1.0)"}, "not finite at t = 1"),
     ],
 )
 def test_what_cannot_work_is_one_line_before_anything_is_computed(changes, said):

@@ -130,7 +130,7 @@ def beta(t):
     return 0.1 + t * 19.9
 
 
-# score_sde's drift over x, and its diffusion (Song et al. 2021, eqs. 30, 32 and 28; straight by its own derivative).
+# score_sde's drift over x, and its diffusion (Song et al. 2021, eqs. 30, 32 and 27; straight by its own derivative).
 PUBLISHED = {
     "vp": (schedules.vp(), lambda t: -beta(t) / 2, lambda t: np.sqrt(beta(t))),
     "ve": (schedules.ve(0.01, 50.0), lambda t: 0.0, lambda t: 0.01 * 5000**t * np.sqrt(2 * np.log(5000))),

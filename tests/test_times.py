@@ -317,7 +317,15 @@ def test_every_row_of_a_table_is_found_again():
     np.testing.assert_array_equal(history.losses[:, 0], np.arange(1000))
 
 
-@pytest.mark.parametrize("bad", [{"steps": 0}, {"history": 0}, {"uniform": -0.1}, {"uniform": 1.1}])
+@pytest.mark.parametrize("steps", [0, -3, 2.5, True])
+def test_a_table_of_no_whole_number_of_steps_is_refused(steps):
+    with pytest.raises(ValueError, match=f"^draw_table needs a whole number of steps, at least 1, got steps={steps}$"):
+        times.draw_table(steps)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"steps": 0}, {"steps": 2.5}, {"history": 0}, {"history": 1.5}, {"uniform": -0.1}, {"uniform": 1.1}]
+)
 def test_importance_refuses(bad):
     with pytest.raises(ValueError, match="draw_importance needs"):
         times.draw_importance(**bad)

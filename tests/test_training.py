@@ -75,6 +75,19 @@ def test_the_optimizer_is_the_one_named_with_its_schedule_and_clip():
     np.testing.assert_allclose(sgd.update(grads, sgd.init(params))[0]["w"], -0.01 * grads["w"])
 
 
+def test_weight_decay_leaves_a_learned_schedule_alone():
+    made = training.make_optimizer(config(**{"optimizer.name": "adamw(weight_decay=0.5)", "optimizer.clip": 0.0}).optimizer)
+    part = {"w": jnp.array([1.0, -2.0])}
+    for params, moved in (
+        ({"network": part, "schedule": part}, {"network": True, "schedule": False}),
+        ({"params": part}, {"params": True}),
+    ):
+        state = made.init(params)
+        for _ in range(3):
+            updates, state = made.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        assert {name: bool((updates[name]["w"] != 0).any()) for name in params} == moved
+
+
 def one_step(changes, accumulate=1, batch_size=128):
     """Parameters before and after one step of plain gradient descent with rate 1: their difference is the gradient."""
     plain = {"optimizer.name": "sgd", "optimizer.clip": 0.0, "optimizer.schedule": "constant_schedule(1)", "model.dropout": 0.0}

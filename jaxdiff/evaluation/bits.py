@@ -19,6 +19,7 @@ from jaxdiff.errors import InputError
 from jaxdiff.experiment import Experiment
 from jaxdiff.level import Level, logsnr
 from jaxdiff.likelihood import Bits
+from jaxdiff.names import named
 from jaxdiff.targets import determinant
 from jaxdiff.training.checkpoint import place
 
@@ -26,6 +27,9 @@ Array = jax.Array
 
 # Where a schedule begins without any data, the flow begins here: logsnr -14, a thousandth of the data's deviation.
 NOISIEST = -14.0
+# The continuous bound ends here at the latest, sigma / alpha = 0.0067, a little less than the 0.0078 between two 8-bit values:
+# below, a network that was not told that pixels are integers pays for digits there are none of. Any end is a bound.
+FINEST = 10.0
 
 
 class Settings(NamedTuple):
@@ -70,7 +74,7 @@ def _bpd_elbo(config, experiment, params, settings):
         levels = times.grid(experiment.schedule(params), times.strided(draw.steps, draw.steps))
         _determined(config, experiment, levels)
         variance = likelihood.learned if outputs > 1 else likelihood.small
-        terms = settings.terms if 0 < settings.terms < draw.steps - 1 else 0
+        terms = settings.terms if settings.terms < draw.steps - 1 else 0
 
         def discrete(params, denoise, keys, images):
             return likelihood.image_elbo(
@@ -81,37 +85,43 @@ def _bpd_elbo(config, experiment, params, settings):
         kind = "learned" if outputs > 1 else "small fixed"
         return discrete, f"variational bound of {draw.steps} steps, {kind} variance, {of} terms an image, discretised decoder"
 
-    ends = np.array([draw.last, draw.first])
-    _determined(config, experiment, times.grid(experiment.schedule(params), ends))
+    # A learned schedule ends where its bound was trained to; a network that was not need not know that pixels are integers.
+    learns = isinstance(named(schedules, config.process.schedule, "process.schedule"), schedules.Learned)
+    levels = path(experiment, params, 1, np.inf if learns else FINEST)
+    _determined(config, experiment, levels)
     terms = settings.terms or 1000
 
     def continuous(params, denoise, keys, images):
         return likelihood.image_continuous_elbo(
-            keys,
-            clipped(denoise),
-            experiment.codec,
-            images,
-            experiment.schedule(params),
-            draw.first,
-            draw.last,
-            terms,
-            experiment.data_std,
+            keys, clipped(denoise), experiment.codec, images, levels, terms, experiment.data_std
         )
 
-    return continuous, f"continuous-time variational bound, {terms} stratified times an image, decoder by Bayes' rule"
+    last = float(logsnr(Level(*(jnp.asarray(a[-1]) for a in levels))))
+    return (
+        continuous,
+        f"continuous-time variational bound, {terms} times an image, stratified and even in logsnr up to {last:.4g}, "
+        "decoder by Bayes' rule",
+    )
 
 
 def _bpd_ode(config, experiment, params, settings):
-    ends = times.grid(experiment.schedule(params), np.array([experiment.draw.last, experiment.draw.first]))
-    lo, hi = np.asarray(logsnr(Level(*(jnp.asarray(a) for a in ends))), np.float64)
-    # The flow's density depends on where it begins and ends, not on the way between: an even one in logsnr is the smoothest.
-    levels = times.grid(schedules.of_logsnr, np.linspace(max(lo, NOISIEST), hi, settings.steps + 1))
+    levels = path(experiment, params, settings.steps)
     _determined(config, experiment, levels)
 
     def exact(params, denoise, keys, images):
         return likelihood.image_log_likelihood(keys, denoise, experiment.codec, images, levels, data_std=experiment.data_std)
 
     return exact, f"probability flow, {settings.steps} Runge-Kutta steps of order 4, Hutchinson's trace, uniform dequantization"
+
+
+def path(experiment: Experiment, params: Any, steps: int, finest: float = np.inf) -> Level:
+    """steps + 1 levels even in logsnr over what training draws, noisiest first, from NOISIEST at least to `finest` at most.
+
+    Neither the flow's density nor the continuous bound depends on the way between its ends, and this one is the smoothest.
+    """
+    ends = times.grid(experiment.schedule(params), np.array([experiment.draw.last, experiment.draw.first]))
+    lo, hi = np.asarray(logsnr(Level(*(jnp.asarray(a) for a in ends))), np.float64)
+    return times.grid(schedules.of_logsnr, np.linspace(max(lo, NOISIEST), min(hi, finest), steps + 1))
 
 
 METRICS = {"bpd_elbo": _bpd_elbo, "bpd_ode": _bpd_ode}
@@ -123,11 +133,17 @@ def evaluate(
     """The metric over a data set in batches of `size`, as a dict for JSON, written to WORKDIR/evaluation too.
 
     Every batch is kept, so the same call goes on where an earlier one was stopped; image i has the same key in every batch size.
-    `of` are facts that tell this evaluation from others (step, average, split). Raises InputError as `estimator` does.
+    What was kept is used for the same parameters, process and images only; `of` are facts to tell with the figure (step, average,
+    split). Raises InputError as `estimator` does.
     """
     run, line = estimator(metric, config, experiment, params, settings)
     used = settings._replace(terms=0) if metric == "bpd_ode" else settings._replace(steps=0)
-    what = {"metric": metric, "how": line, "n": len(dataset.labels), **of, **used._asdict()}
+    built = [config.model.to_dict(), config.process.to_dict(), config.data.codec, config.sampling.clip]
+    same = {
+        "model": _digest(json.dumps(built, sort_keys=True), *jax.tree.leaves(params)),
+        "images": _digest(dataset.images, dataset.labels),
+    }
+    what = {"metric": metric, "how": line, "n": len(dataset.labels), **of, **used._asdict(), **same}
     name = f"{metric}-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]}"
     folder = place(workdir) / "evaluation"
     rows = _kept(folder / f"{name}.npy") if meshes.first_process() else None
@@ -166,6 +182,19 @@ def evaluate(
     if meshes.first_process():
         (folder / f"{name}.json").write_text(json.dumps(row, indent=1) + "\n")
     return row
+
+
+def _digest(*parts: Any) -> str:
+    """A digest of texts and arrays, which decides whether figures of an earlier evaluation are of the same model and images."""
+    seen = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        if isinstance(part, str):
+            seen.update(part.encode())
+            continue
+        array = np.ascontiguousarray(meshes.fetch(part) if isinstance(part, jax.Array) else part)
+        seen.update(f"{array.dtype}{array.shape}".encode())
+        seen.update(array.view(np.uint8).data)
+    return seen.hexdigest()
 
 
 def _summary(each: np.ndarray) -> dict[str, float | None]:

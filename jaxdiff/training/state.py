@@ -1,5 +1,6 @@
 """The train state and the train step: pure functions, to be jitted once with the state donated."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import optax
 
 from jaxdiff.errors import InputError
 from jaxdiff.experiment import Experiment
-from jaxdiff.names import named, with_arguments
+from jaxdiff.names import named, parse, with_arguments
 from jaxdiff.training import averages
 
 Array = jax.Array
@@ -33,7 +34,8 @@ class TrainState(NamedTuple):
 def make_optimizer(config) -> optax.GradientTransformation:
     """The optimizer of a config's `optimizer` group: optax names, the schedule a factor on `learning_rate`, global-norm `clip`.
 
-    A clip of 0 is none. Raises InputError for a name optax does not have, or arguments it does not take.
+    A clip of 0 is none. Weight decay leaves a learned schedule alone: its ends are noise levels, and zero is none better than
+    another. Raises InputError for a name optax does not have, or arguments it does not take.
     """
     if not config.learning_rate > 0:
         raise InputError(f"optimizer.learning_rate={config.learning_rate} is not positive")
@@ -48,11 +50,20 @@ def make_optimizer(config) -> optax.GradientTransformation:
     def learning_rate(step):
         return config.learning_rate * factor(step)
 
-    update = with_arguments(optax, config.name, "optimizer.name")(learning_rate=learning_rate)
+    function, _, given = parse(optax, config.name, "optimizer.name")
+    masks = inspect.isfunction(function) and "mask" in inspect.signature(function).parameters
+    decays = {"mask": _decayed} if masks and "mask" not in given else {}
+    update = with_arguments(optax, config.name, "optimizer.name")(learning_rate=learning_rate, **decays)
     if not isinstance(update, optax.GradientTransformation):
         raise InputError(f"optimizer.name={config.name!r} is not an optimizer")
     # Without a clip the state has the same shape, so that a run may go on with another one.
     return optax.chain(optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(), update)
+
+
+def _decayed(params: Any) -> Any:
+    """Which parameters weight decay acts on: all but those of a learned schedule, which stand beside the network's."""
+    schedule = (jax.tree_util.DictKey("schedule"),)
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[:1] != schedule, params)
 
 
 def init_state(
