@@ -15,7 +15,7 @@ from jax.tree_util import Partial
 from jaxdiff.denoiser import Denoiser, partial
 from jaxdiff.level import Level, Prediction, beta_std, diffuse, logsnr
 from jaxdiff.sampling import sample, sample_keys, solve
-from jaxdiff.solvers import Noise, Solver
+from jaxdiff.solvers.base import Noise, Solver, fold, fresh, with_x0
 
 Array = jax.Array
 
@@ -40,8 +40,8 @@ def replacement(solver: Solver, known: Array, mask: Array, noise: Noise = jax.ra
 
 
 def _replace(init, step, known, mask, noise, keys, state, t, s):
-    state, p = step(_fold(keys, 1), state, t, s)
-    noised = diffuse(s, _fit("known", known, state.x.shape), _fresh(noise, keys, state.x))
+    state, p = step(fold(keys, 1), state, t, s)
+    noised = diffuse(s, _fit("known", known, state.x.shape), fresh(noise, keys, state.x))
     return init(_mix(mask, noised, state.x)), p
 
 
@@ -68,7 +68,7 @@ def _resample(init, step, noise, keys, state, t, s):
         return step(keys, state, t, s)
 
     def up(state):
-        x = s.alpha / t.alpha * state.x + beta_std(s, t) * _fresh(noise, keys, state.x)
+        x = s.alpha / t.alpha * state.x + beta_std(s, t) * fresh(noise, keys, state.x)
         return init(x), jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(down, state)[1])
 
     return jax.lax.cond(logsnr(s) < logsnr(t), up, down, state)
@@ -197,7 +197,7 @@ def null_space(denoise: Denoiser, operator: Operator, y: Array) -> Denoiser:
 
 def _null_space(denoise: Denoiser, operator: Operator, y: Array, x: Array, level: Level) -> Prediction:
     p = denoise(x, level)
-    return _with_x0(p, p.x0 + operator.pseudo(_residual(operator, y, p.x0)), x, level)
+    return with_x0(x, level, p.x0 + operator.pseudo(_residual(operator, y, p.x0)), p.aux)
 
 
 def reconstruction(denoise: Denoiser, operator: Operator, y: Array, scale: float | Array = 1.0) -> Denoiser:
@@ -220,7 +220,7 @@ def _reconstruction(denoise: Denoiser, operator: Operator, y: Array, scale: Arra
         return jnp.square(_residual(operator, y, p.x0)).sum(), p
 
     slope, p = jax.grad(misfit, has_aux=True)(x)
-    return _with_x0(p, p.x0 - scale * level.alpha / 2 * slope, x, level)
+    return with_x0(x, level, p.x0 - scale * level.alpha / 2 * slope, p.aux)
 
 
 def pseudo_inverse(denoise: Denoiser, operator: Operator, y: Array, data_std: float | Array = 1.0) -> Denoiser:
@@ -245,7 +245,7 @@ def _pseudo_inverse(denoise: Denoiser, operator: Operator, y: Array, data_std: A
     x0, pull, p = jax.vjp(clean, x, has_aux=True)
     (slope,) = pull(operator.pseudo(_residual(operator, y, x0)))
     weight = level.alpha + jnp.square(level.sigma / data_std) / level.alpha  # sigma^2 / (alpha r^2)
-    return _with_x0(p, x0 + jnp.where(level.alpha > 0, weight * slope, 0), x, level)
+    return with_x0(x, level, x0 + jnp.where(level.alpha > 0, weight * slope, 0), p.aux)
 
 
 def _operator(operator: Operator) -> Operator:
@@ -255,10 +255,6 @@ def _operator(operator: Operator) -> Operator:
 def _residual(operator: Operator, y: Array, x0: Array) -> Array:
     seen = operator.forward(x0)
     return _fit("y", y, seen.shape) - seen
-
-
-def _with_x0(p: Prediction, x0: Array, x: Array, level: Level) -> Prediction:
-    return Prediction(x0, (x - level.alpha * x0) / level.sigma, p.aux)
 
 
 # --- images as starting points --------------------------------------------------------------------------------------------
@@ -271,7 +267,7 @@ def sdedit(key: Array, solver: Solver, x0: Array, levels: Level, noise: Noise = 
     """
     keys = sample_keys(key, x0.shape[0])
     start = Level(*(jnp.asarray(a[0], x0.dtype) for a in levels))
-    return sample(_fold(keys, 1), solver, diffuse(start, x0, _fresh(noise, keys, x0)), levels)
+    return sample(fold(keys, 1), solver, diffuse(start, x0, fresh(noise, keys, x0)), levels)
 
 
 def from_strength(levels: Level, strength: float) -> Level:
@@ -335,16 +331,6 @@ def _steps(levels: Level) -> int:
 def _pick(levels: Level, rows: np.ndarray) -> Level:
     alpha, sigma = (np.asarray(a)[rows] for a in levels)
     return Level(alpha, sigma)  # type: ignore[arg-type]
-
-
-def _fresh(noise: Noise, keys: Array, like: Array) -> Array:
-    """Noise of the shape of `like`, each sample's from its own key."""
-    return jax.vmap(lambda key: noise(key, like.shape[1:], like.dtype))(keys)
-
-
-def _fold(keys: Array, n: int) -> Array:
-    """Other keys [B], for who is called while `keys` themselves draw noise here."""
-    return jax.vmap(lambda key: jax.random.fold_in(key, n))(keys)
 
 
 def _value(a: Any) -> np.ndarray | None:
