@@ -42,6 +42,50 @@ def losses(workdir):
     return {row["step"]: row["loss"] for row in rows}
 
 
+def sampled(workdir, tmp_path):
+    """sample.py films, goes on with a large request, and edits pictures."""
+    sample = ["sample.py", f"--workdir={workdir}", "--steps=4"]
+    done = script(*sample, "--num=4", f"--out={tmp_path}/a.png", f"--trajectory={tmp_path}/film.gif")
+    assert done.returncode == 0 and "film.gif" in done.stdout, done.stderr
+    with Image.open(tmp_path / "film.gif") as film:
+        assert film.n_frames == 4
+
+    large = [*sample, "--num=600", f"--out={tmp_path}/many.npz"]
+    process = subprocess.Popen([sys.executable, *large], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    parts = tmp_path / "many.npz.parts"
+    while process.poll() is None and not (parts / "part_0000000.npy").exists():
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    first = (parts / "part_0000000.npy").stat().st_mtime_ns if parts.exists() else None
+    if first is not None:  # killed in time: another request is refused, the same one goes on
+        other = script(*large, "--seed=1")
+        assert other.returncode == 2 and "holds part of another request" in other.stderr
+        assert (parts / "part_0000000.npy").stat().st_mtime_ns == first
+    assert script(*large).returncode == 0 and not parts.exists()
+    images = np.load(tmp_path / "many.npz")["images"]
+    assert images.shape == (600, 8, 8, 1)
+    assert script(*sample, "--num=600", f"--out={tmp_path}/again.npz").returncode == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "again.npz")["images"], images)
+
+    picture, mask = images[0, ..., 0], np.zeros((8, 8), np.uint8)
+    mask[:4] = 255
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    edit = [*sample, f"--image={tmp_path}/picture.png", "--num=3", f"--out={tmp_path}/edited.npz"]
+    assert script(*edit, f"--mask={tmp_path}/mask.png", "--resample=2").returncode == 0
+    edited = np.load(tmp_path / "edited.npz")["images"]
+    assert (edited[:, 4:, :, 0] == picture[4:]).all() and (edited[:, :4, :, 0] != picture[:4]).any()
+    for flags, said in (
+        ([], "--image needs --mask=FILE, or --strength below 1"),
+        (["--strength=2"], "strength=2.0 is out of range"),
+        ([f"--mask={tmp_path}/many.npz"], "is not a picture that can be read"),
+        ([f"--mask={tmp_path}/a.png"], "pixels; this model's images have 8x8"),
+    ):
+        refused = script(*edit, *flags)
+        assert refused.returncode == 2 and said in refused.stderr and refused.stderr.count("\n") == 1, (flags, refused.stderr)
+
+
 @pytest.mark.slow
 def test_train_then_go_on_then_sample(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -77,6 +121,7 @@ def test_train_then_go_on_then_sample(tmp_path):
     assert arrays["images"].shape == (3, 8, 8, 1) and arrays["images"].dtype == np.uint8
     assert arrays["labels"].tolist() == [7, 7, 7]
     assert script("sample.py", f"--workdir={parts}", "--num=3", "--solver=heun", "--steps=2").returncode == 0
+    sampled(parts, tmp_path)
     assert Image.open(parts / "samples.png").size == (10 * 33 + 1, 34)
 
     other = script("train.py", *TINY, "--config.model.channels=16", f"--workdir={parts}")
@@ -188,6 +233,8 @@ def test_eight_devices_train_as_one(tmp_path):
         (["sample.py", "--workdir=/nowhere"], "/nowhere is not there"),
         (["sample.py", "--workdir=/tmp", "--out=x.jpg"], "neither a .png nor an .npz file"),
         (["sample.py", "--workdir=/tmp", "--setps=3"], "Did you mean: steps"),
+        (["sample.py", "--workdir=/tmp", "--mask=m.png"], "edit a picture; give it with --image=FILE"),
+        (["sample.py", "--workdir=/tmp", "--trajectory=x.jpg"], "x.jpg is no .gif or .png file"),
     ],
     ids=lambda x: " ".join(x)[:60] if isinstance(x, list) else "",
 )
