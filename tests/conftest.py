@@ -17,6 +17,13 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 _enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # type: ignore[attr-defined]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """What one file compiled no other needs; kept to the end, it would fill a small machine's memory."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """Float64 for the length of one test."""
