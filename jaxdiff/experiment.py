@@ -129,7 +129,8 @@ def build(config) -> Experiment:
             image = random_flip(k_flip, image)
         x0, cond = codec.encode(k_encode, image), {}
         if augment is not None:
-            x0, cond["augment"] = augment(jax.random.fold_in(key, 5), x0)
+            x0, change = augment(jax.random.fold_in(key, 5), x0)
+            cond |= {} if change is None else {"augment": change}
         chosen = draw.draw(extra) if isinstance(draw, times.Adaptive) else draw
         t = chosen.sample(k_time, x0.shape[0])
         example = {"x0": x0, "eps": jax.random.normal(k_eps, x0.shape, x0.dtype), "t": t}
