@@ -17,10 +17,11 @@ from jaxdiff import (
     times,
     weights,
 )
+from jaxdiff.classifier import classifier
 from jaxdiff.denoiser import clip_logsnr, denoiser
 from jaxdiff.errors import InputError
 from jaxdiff.level import Level, Prediction, beta_std, diffuse, learned_std, logsnr, posterior_std
-from jaxdiff.run import Run, load
+from jaxdiff.run import Classifier, Run, load, load_classifier
 from jaxdiff.sampling import prior, sample, sample_keys, solve
 from jaxdiff.solvers import Solver, wrappers
 from jaxdiff.times import grid
@@ -28,12 +29,14 @@ from jaxdiff.times import grid
 __version__ = "0.1.0"
 
 __all__ = [
+    "Classifier",
     "InputError",
     "Level",
     "Prediction",
     "Run",
     "Solver",
     "beta_std",
+    "classifier",
     "clip_logsnr",
     "codec",
     "data",
@@ -45,6 +48,7 @@ __all__ = [
     "learned_std",
     "likelihood",
     "load",
+    "load_classifier",
     "logsnr",
     "losses",
     "models",

@@ -1,4 +1,4 @@
-"""A run is a trained experiment: what a notebook or sample.py draws from."""
+"""A run is a trained experiment: what a notebook or sample.py draws from; a classifier is what it can be guided by."""
 
 import warnings
 from collections.abc import Callable
@@ -16,10 +16,11 @@ from jaxdiff import codec as codecs
 from jaxdiff import guidance as guide
 from jaxdiff import mesh as meshes
 from jaxdiff import sampling, solvers, times
+from jaxdiff.classifier import LogProb, classifier
 from jaxdiff.codec import Codec
 from jaxdiff.denoiser import Denoiser, denoiser
 from jaxdiff.errors import InputError
-from jaxdiff.experiment import Experiment, build
+from jaxdiff.experiment import Experiment, build, target_of
 from jaxdiff.level import Level
 from jaxdiff.names import with_arguments
 from jaxdiff.solvers import Solver
@@ -45,18 +46,47 @@ class Run(NamedTuple):
     step: int
 
 
+class Classifier(NamedTuple):
+    """A trained noise-aware classifier, for `guidance.classifier`.
+
+    `log_prob(label) -> (x, level) -> [B]`, label an int or [B], x as `codec` encodes images. The other fields are as a `Run`'s.
+    """
+
+    config: ConfigDict
+    params: Any
+    shape: tuple[int, ...]
+    codec: Codec
+    log_prob: Callable[[Any], LogProb]
+    step: int
+
+
 def load(workdir: str | Path, ema: float | str | None = None) -> Run:
     """The run whose newest good checkpoint is in `workdir`; only its averaged parameters are read, onto every device.
 
     `ema` names another average than config.sampling.ema: one of config.training.ema, or where the workdir holds snapshots
     "power(std)" of any width, put together from them (Karras et al. 2024, section 3). Damaged checkpoints are passed over with a
-    warning. Raises InputError where there is no good checkpoint, or no such average.
+    warning. Raises InputError where there is no good checkpoint or no such average, and for a classifier's.
     """
+    config, experiment, params, step = _load(workdir, ema)
+    if experiment.target is None:
+        raise InputError(f"{workdir} holds a classifier, which draws no images; jaxdiff.load_classifier loads it, to guide with")
+    return of(config, experiment, params, step)
+
+
+def load_classifier(workdir: str | Path, ema: float | str | None = None) -> Classifier:
+    """The classifier whose newest good checkpoint is in `workdir`, as `load` loads a model that draws."""
+    config, experiment, params, step = _load(workdir, ema)
+    if experiment.target is not None:
+        raise InputError(f"{workdir} holds a {config.model.name}, no classifier; jaxdiff.load loads it")
+    return classifier_of(config, experiment, params, step)
+
+
+def _load(workdir: str | Path, ema: float | str | None) -> tuple[ConfigDict, Experiment, Any, int]:
     from jaxdiff.training import checkpoint, posthoc  # brings Orbax, which drawing from parameters at hand does not need
 
     step, config, bad = checkpoint.restore_meta(workdir)
     for number, problem in bad.items():
-        warnings.warn(f"checkpoint of step {number} is damaged ({problem}); using step {step}", stacklevel=2)
+        warnings.warn(f"checkpoint of step {number} is damaged ({problem}); using step {step}", stacklevel=3)
     experiment = build(config)
     everywhere = meshes.replicated(meshes.make_mesh((-1, 1)))
     params = jax.eval_shape(experiment.init, jax.random.key(0))
@@ -64,9 +94,9 @@ def load(workdir: str | Path, ema: float | str | None = None) -> Run:
     kept = {str(name): abstract for name in config.training.ema}
     if ema is None or str(ema) in kept:
         name = average(config) if ema is None else str(ema)
-        return of(config, experiment, checkpoint.restore_ema(workdir, step, kept)[name], step)
+        return config, experiment, checkpoint.restore_ema(workdir, step, kept)[name], step
     averaged = posthoc.reconstruct(workdir, config, abstract, ema, step)
-    return of(config, experiment, jax.device_put(averaged, everywhere), step)
+    return config, experiment, jax.device_put(averaged, everywhere), step
 
 
 def average(config) -> str:
@@ -78,7 +108,8 @@ def average(config) -> str:
 
 
 def of(config, experiment: Experiment, params: Any, step: int = 0) -> Run:
-    """The run of parameters at hand. Runs of one experiment share their compiled samplers."""
+    """The run of parameters at hand. Runs of one experiment share their compiled samplers. Raises InputError for a classifier's."""
+    target = target_of(experiment)
 
     def denoise(label: Any = None, guidance: float = 1.0) -> Denoiser:
         labels = _labels(config, experiment, label)
@@ -91,7 +122,7 @@ def of(config, experiment: Experiment, params: Any, step: int = 0) -> Run:
 
         def of_label(labels):
             cond = None if labels is None else {"label": jnp.asarray(labels, jnp.int32)}
-            return denoiser(experiment.net(params, cond), experiment.target, experiment.data_std)
+            return denoiser(experiment.net(params, cond), target, experiment.data_std)
 
         if labels is None and experiment.classes:
             labels = np.array(-1)
@@ -131,6 +162,15 @@ def of(config, experiment: Experiment, params: Any, step: int = 0) -> Run:
     return Run(config, params, experiment.shape, experiment.codec, denoise, generate, step)
 
 
+def classifier_of(config, experiment: Experiment, params: Any, step: int = 0) -> Classifier:
+    """The classifier of parameters at hand."""
+
+    def log_prob(label: Any) -> LogProb:
+        return classifier(experiment.net(params, None), jnp.asarray(_in_range(label, 0, experiment)), experiment.data_std)
+
+    return Classifier(config, params, experiment.shape, experiment.codec, log_prob, step)
+
+
 def _mesh(params: Any) -> Mesh | None:
     """The mesh of several devices that the parameters are on, None for a single one."""
     sharding = getattr(next(iter(jax.tree.leaves(params)), None), "sharding", None)
@@ -165,7 +205,7 @@ def grid(config, experiment: Experiment, params: Any, steps: int) -> Level:
     if not (np.diff(levels.sigma / np.hypot(levels.alpha, levels.sigma)) <= 0).all():
         raise InputError(f"sampling.times={config.sampling.times!r} does not fall from noise to data")
     first = Level(levels.alpha[0], levels.sigma[0])
-    if np.asarray(determinant(experiment.target, first)) == 0:
+    if np.asarray(determinant(target_of(experiment), first)) == 0:
         raise InputError(
             f"process.target={config.process.target!r} says nothing at the first level of sampling.times="
             f"{config.sampling.times!r} (alpha {first.alpha:g}, sigma {first.sigma:g}); start the grid lower"
@@ -177,8 +217,10 @@ def check(config, experiment: Experiment) -> None:
     """Raises InputError where config.sampling asks for what the model cannot do; needs no parameters and computes nothing."""
     average(config)
     for name in ("num", "batch_size"):
-        if config.sampling[name] < 1:
+        if name in config.sampling and config.sampling[name] < 1:
             raise InputError(f"sampling.{name}={config.sampling[name]} is out of range; it is at least 1")
+    if experiment.target is None:  # nothing is drawn
+        return
     grid(config, experiment, None, config.sampling.steps)
     label, guidance = (0, config.sampling.guidance) if experiment.classes else (None, 1.0)
     denoise = of(config, experiment, None).denoiser(label, guidance)
@@ -206,8 +248,12 @@ def _labels(config, experiment: Experiment, label: Any) -> np.ndarray | None:
         return None
     if not experiment.classes:
         raise InputError(f"label={label} was given, but this model is unconditional")
+    # Without dropped labels the null one was never trained.
+    return _in_range(label, -1 if config.process.drop_label else 0, experiment)
+
+
+def _in_range(label: Any, least: int, experiment: Experiment) -> np.ndarray:
     labels = np.asarray(label)
-    least = -1 if config.process.drop_label else 0  # without dropped labels the null one was never trained
     wrong = labels[(labels < least) | (labels >= experiment.classes)]
     if not np.issubdtype(labels.dtype, np.integer) or labels.ndim > 1 or wrong.size:
         value = wrong.flat[0] if wrong.size else label

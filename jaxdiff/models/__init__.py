@@ -87,6 +87,13 @@ def _fields(network: type) -> tuple[str, ...]:
 FIELDS = ("name", *dict.fromkeys((*_fields(UNet), *_fields(Classifier))))
 
 
+def network(name: str) -> type[Network]:
+    """The class that a config's model.name names. Raises InputError for another name."""
+    if name not in NETWORKS:
+        raise InputError(f"model.name={name!r} is unknown{nearest(name, NETWORKS)}; allowed: {', '.join(NETWORKS)}")
+    return getattr(sys.modules[__name__], name)
+
+
 def build(config) -> Network:
     """The network of a config's `model` group: `name`, and its fields; parts are named by their class.
 
@@ -94,19 +101,17 @@ def build(config) -> Network:
     number that no network can have.
     """
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in dict(config).items() if k != "name"}
-    if config.name not in NETWORKS:
-        raise InputError(f"model.name={config.name!r} is unknown{nearest(config.name, NETWORKS)}; allowed: {', '.join(NETWORKS)}")
-    network = getattr(sys.modules[__name__], config.name)
-    known = _fields(network)
+    kind = network(config.name)
+    known = _fields(kind)
     if fields.get("dtype", "float32") not in ("float32", "bfloat16", "float16"):
         raise InputError(f"model.dtype={fields['dtype']!r} is unknown; allowed: float32, bfloat16, float16")
     for key, value in fields.items():
         if key not in known:
-            of = "" if network is UNet else f" to model.name={config.name!r}"
+            of = "" if kind is UNet else f" to model.name={config.name!r}"
             raise InputError(f"model.{key} is unknown{of}{nearest(key, known)}; allowed: {', '.join(known)}")
         if key in PARTS:
             fields[key] = _part(key, value)
-    model = network(**fields)
+    model = kind(**fields)
     _check(model)
     return model
 
