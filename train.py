@@ -1,13 +1,15 @@
-"""Trains a diffusion model:  python train.py --config=configs/digits.py [--config.key=value ...] [--workdir=DIR]
+"""Trains a diffusion model or a classifier:  python train.py --config=configs/digits.py [--config.key=value ...] [--workdir=DIR]
 
-Writes to the workdir: samples/*.png and metrics.jsonl while it runs, TensorBoard events, checkpoints. Run again with the same
-workdir, it goes on from the newest good checkpoint. With Ctrl-C or SIGTERM it saves first; a second Ctrl-C leaves at once.
+Writes to the workdir: samples/*.png and metrics.jsonl while it runs, TensorBoard events, checkpoints. Instead of samples a
+classifier has its accuracy on held-out images told, by noise level. Run again with the same workdir, it goes on from the newest
+good checkpoint. With Ctrl-C or SIGTERM it saves first; a second Ctrl-C leaves at once.
 --dry_run says what the run needs and takes, and trains nothing; --profile records a few steps for Perfetto. Several processes: the
 same command on each host of a TPU pod, Slurm job or GKE job; elsewhere with --coordinator=HOST:PORT --processes=N --process=I.
 """
 
 import collections
 import contextlib
+import functools
 import os
 import signal
 import time
@@ -19,7 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from jaxdiff import cli, data, pictures
+from jaxdiff import cli, data, evaluation, pictures
 from jaxdiff import experiment as experiments
 from jaxdiff import mesh as meshes
 from jaxdiff import run as runs
@@ -85,6 +87,9 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
         config.data.codec = f"standardised({mean.tolist()}, {std.tolist()})"
         experiment = experiments.build(config)
 
+    show = functools.partial(_sample, config, experiment, workdir)
+    if experiment.target is None:
+        show = functools.partial(_accuracy, config, experiment, mesh, None if dry_run else _held_out(config, say))
     key = jax.random.key(config.seed)
 
     def init(key):
@@ -165,7 +170,8 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
                     row["mfu"] = flops / clock.pace / (peak * jax.device_count())
             clock.restart(done)
             writer.scalars(done, row)
-            bar.set_postfix(loss=f"{row['loss']:.4f}", **({"skipped": row["skipped"]} if "skipped" in row else {}))
+            more = {name: f"{row[name]:.4g}" for name in ("accuracy", "skipped") if name in row}
+            bar.set_postfix(loss=f"{row['loss']:.4f}", **more)
             told = []
 
         for i in range(first, config.steps):
@@ -196,12 +202,12 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
             if draws:
                 with clock.paused():
                     forward = clock.last / config.batch_size * mesh.size / 3  # a training step costs about three forward passes
-                    num, steps = _affordable(config, forward, FIRST_GRID_DONE - (time.time() - start) if early else GRID_SECONDS)
-                    path = _sample(config, experiment, state, workdir, writer, num, steps)
+                    budget = FIRST_GRID_DONE - (time.time() - start) if early else GRID_SECONDS
+                    shown = show(state, writer, forward, budget)
                     if row.get("loss_by_logsnr"):
                         _levels(workdir, writer, done, row["loss_by_logsnr"])
                     grids += 1
-                    tell(f"step {done}: {num} samples of {steps} steps in {path}, {time.time() - start:.0f} s after the start")
+                    tell(f"step {done}: {shown}, {time.time() - start:.0f} s after the start")
             if last:
                 break
         checkpoint.finish(checkpoints)
@@ -210,7 +216,9 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
     elif done < config.steps:
         say(f"stopped by a preemption notice at step {done}, saved; the same command goes on from there")
     else:
-        say(f"done: step {done}, {time.time() - start:.0f} s; draw more with: python sample.py --workdir={workdir}")
+        what = f"draw more with: python sample.py --workdir={workdir}"
+        what = f"guide with: jaxdiff.load_classifier({str(workdir)!r})" if experiment.target is None else what
+        say(f"done: step {done}, {time.time() - start:.0f} s; {what}")
 
 
 class _Clock:
@@ -286,8 +294,9 @@ def _affordable(config, forward: float, budget: float) -> tuple[int, int]:
     return int(num), int(steps)
 
 
-def _sample(config, experiment, state, workdir, writer, num: int, steps: int):
+def _sample(config, experiment, workdir, state, writer, forward: float, budget: float) -> str:
     """Draws the grid of config.sampling with the averaged parameters and writes it; the same noise every time."""
+    num, steps = _affordable(config, forward, budget)
     run = runs.of(config, experiment, state.ema[runs.average(config)], int(state.step))
     images, columns, _ = runs.showcase(run, jax.random.key(config.seed), num, steps=steps)
     picture = pictures.tile(images, columns)
@@ -295,7 +304,35 @@ def _sample(config, experiment, state, workdir, writer, num: int, steps: int):
     if meshes.first_process():
         pictures.save(path, picture)
     writer.image(int(state.step), "samples", picture)
-    return path
+    return f"{num} samples of {steps} steps in {path}"
+
+
+def _held_out(config, say) -> data.Dataset | None:
+    """Labelled images that are not trained on: the split test or validation, None where there is neither."""
+    for split in ("test", "validation"):
+        with contextlib.suppress(InputError):
+            dataset = data.load(config.data.name, split, config.data_dir or None, size=config.data.size or None)
+            if split != config.data.split and len(dataset.labels) and dataset.labels.min() >= 0:
+                say(f"held out: {len(dataset.labels)} images, {config.data.name} {split}")
+                return dataset
+    say(f"{config.data.name} has no labelled split test or validation: the accuracy is not measured on held-out images")
+    return None
+
+
+def _accuracy(config, experiment, mesh, held_out, state, writer, forward: float, budget: float) -> str:
+    """Tells how often the averaged parameters are right on held-out images, by noise level; the same noise every time."""
+    if held_out is None:
+        return "no held-out images"
+    levels = metrics.LOGSNR_EDGES
+    # At least 100 images, and as many more as the budget allows.
+    num = np.clip(budget / (len(levels) * max(forward, 1e-9)), 100, len(held_out.labels))
+    num, size = int(meshes.agree(np.int32(num))), config.sampling.batch_size
+    params, key = state.ema[runs.average(config)], jax.random.key(config.seed)
+    right = evaluation.accuracy_by_level(experiment, params, held_out, num, size, key, mesh)
+    by_level = [[float(at), float(share)] for at, share in zip(levels, right)]
+    writer.scalars(int(state.step), {"held_out_accuracy": float(right.mean()), "held_out_by_logsnr": by_level})
+    row = "".join(f"{100 * share:6.1f}" for share in right)
+    return f"% of {num} held-out images right at logsnr {levels[0]:g}, {levels[1]:g} ... {levels[-1]:g}:{row}"
 
 
 def _check(config: ConfigDict, mesh) -> None:

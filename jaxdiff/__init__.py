@@ -18,11 +18,12 @@ from jaxdiff import (
     times,
     weights,
 )
+from jaxdiff.classifier import classifier
 from jaxdiff.denoiser import clip_logsnr, denoiser
 from jaxdiff.errors import InputError
 from jaxdiff.export import Exported, export, load_exported
 from jaxdiff.level import Level, Prediction, beta_std, diffuse, learned_std, logsnr, posterior_std
-from jaxdiff.run import Run, Trajectory, load
+from jaxdiff.run import Classifier, Run, Trajectory, load, load_classifier
 from jaxdiff.sampling import prior, sample, sample_keys, solve
 from jaxdiff.solvers import Solver, wrappers
 from jaxdiff.times import grid
@@ -30,6 +31,7 @@ from jaxdiff.times import grid
 __version__ = "0.1.0"
 
 __all__ = [
+    "Classifier",
     "Exported",
     "InputError",
     "Level",
@@ -38,6 +40,7 @@ __all__ = [
     "Solver",
     "Trajectory",
     "beta_std",
+    "classifier",
     "clip_logsnr",
     "codec",
     "data",
@@ -51,6 +54,7 @@ __all__ = [
     "learned_std",
     "likelihood",
     "load",
+    "load_classifier",
     "load_exported",
     "logsnr",
     "losses",

@@ -53,19 +53,25 @@ BUILT = {
     "model": KEYS["model"],
     "process": ("schedule", "target", "draw", "data_std", "drop_label"),
 }
+# What only a model that predicts images has a use for: a classifier's config leaves these out.
+PREDICTS = {
+    "process": ("target", "weight", "drop_label"),
+    "sampling": ("times", "solver", "steps", "max_steps", "guidance", "num", "clip"),
+}
 # Keys that a config may leave out, and what that means.
 OPTIONAL = {("data", "augment"): "", ("process", "weight"): "unit", ("process", "loss"): "simple"}
 
 
 class Experiment(NamedTuple):
-    """What training and sampling need of a task.
+    """What a task is: the first four fields are all that training knows of it.
 
     `init(key) -> params`. `prepare(extra, key, batch) -> example` draws all that knows no parameters, for the whole batch
     {"image": uint8 [B, H, W, C], "label": int32 [B]} at once: what accumulation then cuts up is the same however many pieces it
     cuts. `loss(params, extra, key, example) -> (loss of each example [B], extra, metrics)`, where metrics hold numbers [] or one a
     sample [B], and among those "logsnr". `extra` is the initial value of what training carries besides the parameters;
     `net(params, cond, key=None) -> Net`, where a key turns dropout on; `schedule(params) -> Schedule`, of None the one
-    before training. `draw` and `objective` are what the config names.
+    before training. `draw` and `objective` are what the config names. `target` is None where the network is a classifier, whose
+    output is logits [B, classes].
     """
 
     init: Callable[[Array], Params]
@@ -74,7 +80,7 @@ class Experiment(NamedTuple):
     extra: Any
     net: Callable[..., Net]
     schedule: Callable[[Params], Schedule]
-    target: Target
+    target: Target | None
     codec: Codec
     shape: tuple[int, ...]
     data_std: float
@@ -92,18 +98,19 @@ def build(config) -> Experiment:
     shape, process = _shape(config), config.process
     codec = named(codecs, _called(config.data.codec), "data.codec")
     curve = named(schedules, process.schedule, "process.schedule")
-    target = named(targets, process.target, "process.target")
     draw = named(times, process.draw, "process.draw")
     weight = named(weights, optional(config, "process", "weight"), "process.weight")
     objective = named(objectives, _called(optional(config, "process", "loss")), "process.loss")
     augment = named(augments, config.data.augment, "data.augment") if optional(config, "data", "augment") else None
     model = models.build(config.model)
+    _check_network(config, model, objective)
+    target = named(targets, process.target, "process.target") if objective.outputs else None
     learns = curve if isinstance(curve, Learned) else None
     start = curve if learns is None else learns.at(learns.init(jax.random.key(0)))
     _check(config, model, objective, start, target, draw, weight)
     _check_objective(config, objective, start, target, draw, learns)
     lo, hi = (-LOGSNR_LIMIT, LOGSNR_LIMIT) if learns else _logsnr_range(process, start, draw)
-    if objective.weighted:
+    if objective.weighted and target is not None:
         _check_weight(process, weight, start, draw, target)
     if objective.outputs > 1:
         model = model.clone(out_channels=objective.outputs * shape[-1])
@@ -132,12 +139,15 @@ def build(config) -> Experiment:
             image = random_flip(k_flip, image)
         x0, cond = codec.encode(k_encode, image), {}
         if augment is not None:
-            x0, cond["augment"] = augment(jax.random.fold_in(key, 5), x0)
+            x0, change = augment(jax.random.fold_in(key, 5), x0)
+            cond |= {} if change is None else {"augment": change}
         chosen = draw.draw(extra) if isinstance(draw, times.Adaptive) else draw
         t = chosen.sample(k_time, x0.shape[0])
         example = {"x0": x0, "eps": jax.random.normal(k_eps, x0.shape, x0.dtype), "t": t}
         if isinstance(draw, times.Adaptive):
             example["density"] = chosen.density(t)
+        if target is None:
+            return example | {"label": label}
         if config.model.classes:
             # A network that sometimes sees no label can be guided without a classifier (Ho and Salimans 2022, algorithm 1).
             cond["label"] = jnp.where(jax.random.bernoulli(k_label, process.drop_label, label.shape), -1, label)
@@ -162,6 +172,7 @@ def build(config) -> Experiment:
             values,
             process.data_std,
             None if learns is None else params["schedule"],
+            example.get("label"),
         )
         each, told = objective.loss(problem, x0, example["eps"], t)
         if isinstance(draw, times.Adaptive):
@@ -175,6 +186,13 @@ def build(config) -> Experiment:
     )
 
 
+def target_of(experiment: Experiment) -> Target:
+    """What the network regresses. Raises InputError for a classifier."""
+    if experiment.target is None:
+        raise InputError("a classifier (model.name='Classifier') predicts no images; it guides a diffusion model, which does")
+    return experiment.target
+
+
 def _density(draw: times.Draw | times.Adaptive) -> Callable[[Array], Array]:
     # What an adaptive draw prefers is divided out of the loss, so that to an objective it is uniform.
     return jnp.ones_like if isinstance(draw, times.Adaptive) else draw.density
@@ -186,13 +204,22 @@ def optional(config, group: str, name: str) -> Any:
 
 
 def check_keys(config, needed: Mapping[str, Sequence[str]] = KEYS) -> None:
-    """Raises InputError where a config has a key that is not in KEYS, lacks one that is in `needed`, or its seed is no seed."""
+    """Raises InputError where a config has a key that is not in KEYS, lacks one that is in `needed`, or its seed is no seed.
+
+    A classifier's neither needs nor may have those in PREDICTS.
+    """
     groups = [group for group in KEYS if group]
     _check_group("", config, [*KEYS[""], *groups], [*needed.get("", ()), *filter(None, needed)])
+    named = isinstance(config.get("model"), ConfigDict) and "name" in config.model
+    classifies = named and models.network(config.model.name) is models.Classifier
     for group in groups:
         if group in config:
             allowed = models.FIELDS if group == "model" else KEYS[group]
-            _check_group(group, config[group], allowed, [n for n in needed.get(group, ()) if (group, n) not in OPTIONAL])
+            unused = PREDICTS.get(group, ()) if classifies else ()
+            wanted = [n for n in needed.get(group, ()) if (group, n) not in OPTIONAL and n not in unused]
+            _check_group(group, config[group], allowed, wanted)
+            for key in [key for key in config[group] if key in unused]:
+                raise InputError(f"config key {group}.{key} says nothing to model.name='Classifier'; leave it out")
     if "seed" in config and not (whole(config.seed, 0) and config.seed < 2**63):
         raise InputError(f"config.seed={config.seed!r} is out of range; it is a whole number from 0 to 2**63 - 1")
 
@@ -225,6 +252,15 @@ def _shape(config) -> tuple[int, ...]:
             f"data.shape={tuple(shape)} has {shape[-1]} channels; allowed: 1 (grey) or 3 (colour), what a grid can show"
         )
     return tuple(shape)
+
+
+def _check_network(config, model: models.Network, objective: Objective) -> None:
+    """Raises InputError for an objective that is not for this network."""
+    loss = f"process.loss={optional(config, 'process', 'loss')!r}"
+    if objective.outputs and isinstance(model, models.Classifier):
+        raise InputError(f"{loss} needs a network that predicts images; allowed with model.name='Classifier': cross_entropy")
+    if not objective.outputs and not isinstance(model, models.Classifier):
+        raise InputError(f"{loss} trains a classifier, and model.name={config.model.name!r} is none; set model.name to Classifier")
 
 
 def _check_objective(config, objective: Objective, schedule: Schedule, target, draw, learns: Learned | None) -> None:
@@ -291,13 +327,13 @@ def _check(config, model, objective, schedule, target, draw, weight) -> None:
     probe = jnp.asarray((draw.first + draw.last) / 2)
     if not (callable(schedule) and isinstance(_try(schedule, probe), Level)):
         raise InputError(f"process.schedule={process.schedule!r} needs brackets, such as linear_beta(steps=1000)")
-    if not isinstance(_try(target, schedule(probe)), tuple):
+    if target is not None and not isinstance(_try(target, schedule(probe)), tuple):
         raise InputError(f"process.target={process.target!r} needs brackets, such as edm(0.5)")
     if not hasattr(_try(weight, schedule(probe), probe, target), "dtype"):
         raise InputError(f"process.weight={process.weight!r} needs brackets, such as min_snr(5.0)")
     if not isinstance(objective, Objective):
         raise InputError(f"process.loss={process.loss!r} is not an objective; allowed: {', '.join(public(objectives))}")
-    if not (_finite(process.drop_label) and 0 <= process.drop_label <= 1):
+    if target is not None and not (_finite(process.drop_label) and 0 <= process.drop_label <= 1):
         raise InputError(f"process.drop_label={process.drop_label!r} is not a probability, 0 to 1")
     if not (_finite(process.data_std) and process.data_std > 0):
         raise InputError(f"process.data_std={process.data_std!r} is not a positive number")
@@ -308,7 +344,7 @@ def _check(config, model, objective, schedule, target, draw, weight) -> None:
             f"it is (height, width, channels), each size divisible by {halvings}"
         )
     channels = objective.outputs * shape[-1]
-    if model.out_channels not in (None, channels):
+    if channels and model.out_channels not in (None, channels):
         raise InputError(
             f"model.out_channels={model.out_channels!r} is not what process.loss={optional(config, 'process', 'loss')!r} needs; "
             f"allowed: None, {channels} ({objective.outputs} for each of the {shape[-1]} channels of data.shape)"

@@ -13,13 +13,13 @@ import numpy as np
 from jax.tree_util import Partial
 
 from jaxdiff import targets
+from jaxdiff.classifier import LogProb
 from jaxdiff.denoiser import Denoiser, partial
 from jaxdiff.level import Level, Prediction, logsnr
 from jaxdiff.targets import Target
 
 Array = jax.Array
 Scale = float | Array | Callable[[Level], Array]
-LogProb = Callable[[Array, Level], Array]
 
 
 def classifier_free(cond: Denoiser, uncond: Denoiser, scale: Scale) -> Denoiser:

@@ -1,7 +1,7 @@
 """Objectives: what training minimises, one number a sample, as a config names it.
 
 `simple` is a weighted squared error. `hybrid` and `vlb` are the variational bound of a table of steps with a learned variance.
-`bound` is the continuous-time bound with all its terms, which may train the schedule too.
+`bound` is the continuous-time bound with all its terms, which may train the schedule too. `cross_entropy` trains a classifier.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from jaxdiff.classifier import at_label, log_probs
 from jaxdiff.denoiser import Net, denoiser, network_input
 from jaxdiff.level import Level, Prediction, diffuse
 from jaxdiff.likelihood import (
@@ -30,19 +31,20 @@ from jaxdiff.targets import Target, invert, regress
 
 Array = jax.Array
 
-__all__ = ["bound", "hybrid", "simple", "vlb"]
+__all__ = ["bound", "cross_entropy", "hybrid", "simple", "vlb"]
 
 
 class Problem(NamedTuple):
-    """What an objective is told of the process it trains: all that does not change from sample to sample.
+    """What an objective is told of the process it trains, besides the data, the noise and the time.
 
     `weight(t)` is the factor on the squared error of the target; `density(t)` that of the draw, and `ends` its first and last time;
     `steps` the rows of the table that t is drawn from, 0 without a table; `values` black and white as the process sees them,
-    [1, ..., 1, C] each; `curve` the parameters of a learned schedule, None where it is fixed.
+    [1, ..., 1, C] each; `curve` the parameters of a learned schedule, None where it is fixed. Where the network says classes,
+    `target` is None, and `label` [B] is what it ought to say.
     """
 
     net: Net
-    target: Target
+    target: Target | None
     schedule: Schedule
     weight: Callable[[Array], Array]
     density: Callable[[Array], Array]
@@ -51,14 +53,15 @@ class Problem(NamedTuple):
     values: tuple[Array, Array]
     data_std: float
     curve: Any = None
+    label: Array | None = None
 
 
 class Objective(NamedTuple):
     """`loss(problem, x0, eps, t) -> (loss of each sample [B], metrics)`, with x0 and eps [B, ...] and t [B, 1, ..., 1].
 
-    `outputs` is how many numbers the network says of an entry, 2 with a learned variance; `table` whether t must be a table's rows;
-    `curve` whether it must be continuous, between two ends, and a learned schedule can be trained; `weighted` whether it asks the
-    problem's weight.
+    `outputs` is how many numbers the network says of an entry: 2 with a learned variance, 0 where it says classes instead; `table`
+    whether t must be a table's rows; `curve` whether it must be continuous, between two ends, and a learned schedule can be
+    trained; `weighted` whether it asks the problem's weight.
     """
 
     outputs: int
@@ -100,9 +103,17 @@ def bound() -> Objective:
     return Objective(1, _bound, curve=True, weighted=False)
 
 
+def cross_entropy() -> Objective:
+    """The negative log-probability that a classifier of noisy images gives to their labels, in nats, and its accuracy.
+
+    Source: Dhariwal and Nichol 2021 (ADM), section 4.
+    """
+    return Objective(0, _cross_entropy, weighted=False)
+
+
 def split_output(outputs: int, y: Array) -> tuple[Array, Any]:
-    """A network's output as (what regresses the target, aux): with 2 outputs the second half of the channels is the variance's."""
-    if outputs == 1:
+    """A network's output as (what it says, aux): with 2 outputs the second half of the channels is the variance's."""
+    if outputs != 2:
         return y, None
     y, variance = jnp.split(y, 2, axis=-1)
     return y, variance
@@ -114,7 +125,7 @@ def _mean(a: Array) -> Array:
 
 def _predict(problem: Problem, x: Array, level: Level) -> tuple[Array, Prediction]:
     y, aux = problem.net(*network_input(x, level, problem.data_std))
-    return y, invert(problem.target, level, x, y)._replace(aux=aux)
+    return y, invert(problem.target, level, x, y)._replace(aux=aux)  # type: ignore[arg-type]
 
 
 def _simple(problem, x0, eps, t):
@@ -154,6 +165,13 @@ def _term(problem: Problem, x0: Array, x: Array, t: Array, p: Prediction) -> Arr
     near = p._replace(x0=jnp.where(decodes, p.x0, x0))
     log = discretised_decoder(*problem.values)(x0, x, near, last, learned.last(before, last, p))
     return steps * bits_per_dim(_mean(jnp.where(decodes, -log, kl)), 1)
+
+
+def _cross_entropy(problem, x0, eps, t):
+    level = problem.schedule(t)
+    each = log_probs(problem.net, diffuse(level, x0, eps), level, problem.data_std)
+    right = each.argmax(-1) == problem.label
+    return -at_label(each, problem.label), {"accuracy": right.astype(jnp.float32)}
 
 
 def _bound(problem, x0, eps, t):

@@ -1,4 +1,4 @@
-"""A run is a trained experiment: what a notebook or sample.py draws from."""
+"""A run is a trained experiment: what a notebook or sample.py draws from; a classifier is what it can be guided by."""
 
 import sys
 import warnings
@@ -17,10 +17,11 @@ from jaxdiff import codec as codecs
 from jaxdiff import editing, sampling, solvers, times
 from jaxdiff import guidance as guide
 from jaxdiff import mesh as meshes
+from jaxdiff.classifier import LogProb, classifier
 from jaxdiff.codec import Codec
 from jaxdiff.denoiser import Denoiser, denoiser
 from jaxdiff.errors import InputError
-from jaxdiff.experiment import Experiment, build
+from jaxdiff.experiment import Experiment, build, target_of
 from jaxdiff.level import Level, diffuse
 from jaxdiff.names import with_arguments
 from jaxdiff.solvers import Solver
@@ -70,18 +71,47 @@ class Request(NamedTuple):
     make: Callable[[Denoiser, np.ndarray], Solver]
 
 
+class Classifier(NamedTuple):
+    """A trained noise-aware classifier, for `guidance.classifier`.
+
+    `log_prob(label) -> (x, level) -> [B]`, label an int or [B], x as `codec` encodes images. The other fields are as a `Run`'s.
+    """
+
+    config: ConfigDict
+    params: Any
+    shape: tuple[int, ...]
+    codec: Codec
+    log_prob: Callable[[Any], LogProb]
+    step: int
+
+
 def load(workdir: str | Path, ema: float | str | None = None) -> Run:
     """The run whose newest good checkpoint is in `workdir`; only its averaged parameters are read, onto every device.
 
     `ema` names another average than config.sampling.ema: one of config.training.ema, or where the workdir holds snapshots
     "power(std)" of any width, put together from them (Karras et al. 2024, section 3). Damaged checkpoints are passed over with a
-    warning. Raises InputError where there is no good checkpoint, or no such average.
+    warning. Raises InputError where there is no good checkpoint or no such average, and for a classifier's.
     """
+    config, experiment, params, step = _load(workdir, ema)
+    if experiment.target is None:
+        raise InputError(f"{workdir} holds a classifier, which draws no images; jaxdiff.load_classifier loads it, to guide with")
+    return of(config, experiment, params, step)
+
+
+def load_classifier(workdir: str | Path, ema: float | str | None = None) -> Classifier:
+    """The classifier whose newest good checkpoint is in `workdir`, as `load` loads a model that draws."""
+    config, experiment, params, step = _load(workdir, ema)
+    if experiment.target is not None:
+        raise InputError(f"{workdir} holds a {config.model.name}, no classifier; jaxdiff.load loads it")
+    return classifier_of(config, experiment, params, step)
+
+
+def _load(workdir: str | Path, ema: float | str | None) -> tuple[ConfigDict, Experiment, Any, int]:
     from jaxdiff.training import checkpoint, posthoc  # brings Orbax, which drawing from parameters at hand does not need
 
     step, config, bad = checkpoint.restore_meta(workdir)
     for number, problem in bad.items():
-        warnings.warn(f"checkpoint of step {number} is damaged ({problem}); using step {step}", stacklevel=2)
+        warnings.warn(f"checkpoint of step {number} is damaged ({problem}); using step {step}", stacklevel=3)
     experiment = build(config)
     everywhere = meshes.replicated(meshes.make_mesh((-1, 1)))
     params = jax.eval_shape(experiment.init, jax.random.key(0))
@@ -89,9 +119,9 @@ def load(workdir: str | Path, ema: float | str | None = None) -> Run:
     kept = {str(name): abstract for name in config.training.ema}
     if ema is None or str(ema) in kept:
         name = average(config) if ema is None else str(ema)
-        return of(config, experiment, checkpoint.restore_ema(workdir, step, kept)[name], step)
+        return config, experiment, checkpoint.restore_ema(workdir, step, kept)[name], step
     averaged = posthoc.reconstruct(workdir, config, abstract, ema, step)
-    return of(config, experiment, jax.device_put(averaged, everywhere), step)
+    return config, experiment, jax.device_put(averaged, everywhere), step
 
 
 def average(config) -> str:
@@ -103,8 +133,8 @@ def average(config) -> str:
 
 
 def of(config, experiment: Experiment, params: Any, step: int = 0) -> Run:
-    """The run of parameters at hand. Runs of one experiment share their compiled samplers."""
-
+    """The run of parameters at hand. Runs of one experiment share their compiled samplers. Raises InputError for a classifier's."""
+    target_of(experiment)
     compiled = set()
 
     def tell_of_compiling(program: Hashable) -> None:
@@ -214,7 +244,7 @@ def denoiser_of(config, experiment: Experiment, params: Any, labels: Any, guidan
 
     def of_label(labels):
         cond = None if labels is None else {"label": jnp.asarray(labels, jnp.int32)}
-        return denoiser(experiment.net(params, cond), experiment.target, experiment.data_std)
+        return denoiser(experiment.net(params, cond), target_of(experiment), experiment.data_std)
 
     if labels is None and experiment.classes:
         labels = jnp.array(-1)
@@ -223,6 +253,15 @@ def denoiser_of(config, experiment: Experiment, params: Any, labels: Any, guidan
         # Always, so that all scales are one program; at 1 the second network is not evaluated.
         made = guide.classifier_free(made, of_label(jnp.full_like(labels, -1)), guidance)
     return guide.clip(made, *codecs.ends(experiment.codec, experiment.shape)) if config.sampling.clip else made
+
+
+def classifier_of(config, experiment: Experiment, params: Any, step: int = 0) -> Classifier:
+    """The classifier of parameters at hand."""
+
+    def log_prob(label: Any) -> LogProb:
+        return classifier(experiment.net(params, None), jnp.asarray(_in_range(label, 0, experiment)), experiment.data_std)
+
+    return Classifier(config, params, experiment.shape, experiment.codec, log_prob, step)
 
 
 def _mesh(params: Any) -> Mesh | None:
@@ -320,7 +359,7 @@ def grid(config, experiment: Experiment, params: Any, steps: int, spacing: str |
     if not (np.diff(levels.sigma / np.hypot(levels.alpha, levels.sigma)) <= 0).all():
         raise InputError(f"{key}={text!r} does not fall from noise to data")
     first = Level(levels.alpha[0], levels.sigma[0])
-    if np.asarray(determinant(experiment.target, first)) == 0:
+    if np.asarray(determinant(target_of(experiment), first)) == 0:
         raise InputError(
             f"process.target={config.process.target!r} says nothing at the first level of {key}="
             f"{text!r} (alpha {first.alpha:g}, sigma {first.sigma:g}); start the grid lower"
@@ -332,8 +371,10 @@ def check(config, experiment: Experiment) -> None:
     """Raises InputError where config.sampling asks for what the model cannot do; needs no parameters and computes nothing."""
     average(config)
     for name in ("num", "batch_size"):
-        if config.sampling[name] < 1:
+        if name in config.sampling and config.sampling[name] < 1:
             raise InputError(f"sampling.{name}={config.sampling[name]} is out of range; it is at least 1")
+    if experiment.target is None:  # nothing is drawn
+        return
     grid(config, experiment, None, config.sampling.steps)
     label, guidance = (0, config.sampling.guidance) if experiment.classes else (None, 1.0)
     denoise = of(config, experiment, None).denoiser(label, guidance)
@@ -362,8 +403,12 @@ def _labels(config, experiment: Experiment, label: Any) -> np.ndarray | None:
         return None
     if not experiment.classes:
         raise InputError(f"label={label} was given, but this model is unconditional")
+    # Without dropped labels the null one was never trained.
+    return _in_range(label, -1 if config.process.drop_label else 0, experiment)
+
+
+def _in_range(label: Any, least: int, experiment: Experiment) -> np.ndarray:
     labels = np.asarray(label)
-    least = -1 if config.process.drop_label else 0  # without dropped labels the null one was never trained
     wrong = labels[(labels < least) | (labels >= experiment.classes)]
     if not np.issubdtype(labels.dtype, np.integer) or labels.ndim > 1 or wrong.size:
         value = wrong.flat[0] if wrong.size else label

@@ -1,4 +1,4 @@
-"""EDM's augmentation: labels say what was done, and nothing where nothing was."""
+"""EDM's augmentation: labels say what was done, and nothing where nothing was; and random crops."""
 
 import functools
 
@@ -15,6 +15,19 @@ NOTHING = Change(*[jnp.zeros(())] * 8)
 
 def images(n=4, height=16, width=16, channels=3):
     return jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (n, height, width, channels)), jnp.float32)
+
+
+def test_crops_are_windows_of_the_reflected_image_and_every_window_comes():
+    x = jnp.arange(1.0, 1 + 6 * 5 * 2).reshape(1, 6, 5, 2)
+    out, told = jax.jit(augment.crop(2))(jax.random.key(0), jnp.repeat(x, 400, axis=0))
+    padded = np.pad(np.asarray(x[0]), ((2, 2), (2, 2), (0, 0)), mode="reflect")
+    windows = [padded[i : i + 6, j : j + 5] for i in range(5) for j in range(5)]
+    which = [next(n for n, window in enumerate(windows) if (window == image).all()) for image in np.asarray(out)]
+    assert set(which) == set(range(25)) and told is None
+    np.testing.assert_array_equal(augment.crop(0)(jax.random.key(0), x)[0], x)
+    for wrong in (-1, 1.5, True):
+        with pytest.raises(ValueError, match="whole number of pixels"):
+            augment.crop(wrong)
 
 
 @functools.cache

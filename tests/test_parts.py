@@ -216,11 +216,12 @@ def built(**fields):
 
 
 def test_parts_are_named_in_configs_and_may_hold_numbers():
-    assert set(models.__all__) == {"UNet", *(part.__name__ for row in models.PARTS.values() for part in row)}
+    assert set(models.__all__) == {*models.NETWORKS, *(part.__name__ for row in models.PARTS.values() for part in row)}
     for role, row in models.PARTS.items():
+        whose = {"name": "Classifier", "classes": 2} if role == "pool" else {}
         for part in row:
-            assert getattr(built(**{role: part.__name__}), role) is part
-            assert getattr(built(**{role: f"{part.__name__}()"}), role) is part
+            assert getattr(built(**whose, **{role: part.__name__}), role) is part
+            assert getattr(built(**whose, **{role: f"{part.__name__}()"}), role) is part
     model = built(time="Sinusoidal(rate=0.125)", enter="FourierEnter(low=3, high=5)")
     close(model.time(4).apply({}, jnp.ones(1)), parts.Sinusoidal(4, 0.125).apply({}, jnp.ones(1)))
     assert shapes(model, jnp.zeros((1, 4, 4, 3)))["params"]["conv_in"]["kernel"].shape[2] == 3 + 3 * 2 * 3

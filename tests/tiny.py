@@ -2,6 +2,8 @@
 
 from ml_collections import ConfigDict
 
+from jaxdiff import experiment
+
 
 def config(**changes) -> ConfigDict:
     """The tiny config, with dotted keys changed: config(**{"model.channels": 16})."""
@@ -60,6 +62,17 @@ def config(**changes) -> ConfigDict:
             ),
         )
     )
+    for key, value in changes.items():
+        c.update_from_flattened_dict({key: value})
+    return c
+
+
+def classifier(**changes) -> ConfigDict:
+    """The tiny config of a classifier of digits."""
+    c = config(**{"model.name": "Classifier", "process.loss": "cross_entropy"})
+    for group, keys in experiment.PREDICTS.items():
+        for key in keys:
+            del c[group][key]
     for key, value in changes.items():
         c.update_from_flattened_dict({key: value})
     return c

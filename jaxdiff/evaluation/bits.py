@@ -16,7 +16,7 @@ from jaxdiff import mesh as meshes
 from jaxdiff.data import Dataset
 from jaxdiff.denoiser import denoiser
 from jaxdiff.errors import InputError
-from jaxdiff.experiment import Experiment
+from jaxdiff.experiment import Experiment, target_of
 from jaxdiff.level import Level, logsnr
 from jaxdiff.likelihood import Bits
 from jaxdiff.names import named
@@ -52,11 +52,12 @@ def estimator(metric: str, config, experiment: Experiment, params: Any, settings
         raise InputError(f"metrics={metric!r} is unknown; allowed: {', '.join(METRICS)}")
     if settings.terms < 0 or settings.steps < 1:
         raise InputError(f"terms={settings.terms} and steps={settings.steps} are out of range; at least 0 and 1")
+    target = target_of(experiment)
     bits, line = METRICS[metric](config, experiment, params, settings)
 
     def run(params, keys, images, labels):
         cond = {"label": labels} if experiment.classes else None
-        denoise = denoiser(experiment.net(params, cond), experiment.target, experiment.data_std)
+        denoise = denoiser(experiment.net(params, cond), target, experiment.data_std)
         return bits(params, denoise, keys, images)
 
     return jax.jit(run), line
@@ -207,7 +208,7 @@ def _summary(each: np.ndarray) -> dict[str, float | None]:
 
 
 def _determined(config, experiment: Experiment, levels: Level) -> None:
-    if (np.asarray(determinant(experiment.target, Level(*(jnp.asarray(a) for a in levels)))) == 0).any():
+    if (np.asarray(determinant(target_of(experiment), Level(*(jnp.asarray(a) for a in levels)))) == 0).any():
         raise InputError(f"process.target={config.process.target!r} says nothing at a level of the grid, where alpha or sigma is 0")
 
 

@@ -7,10 +7,13 @@ import sys
 from typing import Any
 
 from jaxdiff.errors import InputError, nearest
+from jaxdiff.models.classifier import Classifier
 from jaxdiff.models.parts import (
     ADMBlock,
+    ADMBlockDown,
     ADMDown,
     Attention,
+    AttentionPool,
     DDPMppAttention,
     DDPMppBlock,
     DDPMppDown,
@@ -33,8 +36,11 @@ from jaxdiff.names import parse, whole
 
 __all__ = [
     "ADMBlock",
+    "ADMBlockDown",
     "ADMDown",
     "Attention",
+    "AttentionPool",
+    "Classifier",
     "DDPMppAttention",
     "DDPMppBlock",
     "DDPMppDown",
@@ -61,35 +67,51 @@ PARTS: dict[str, tuple[type, ...]] = {
     "enter": (Enter, FourierEnter),
     "block": (ResBlock, ADMBlock, DDPMppBlock, VDMBlock),
     "attend": (Attention, DDPMppAttention),
-    "down": (Down, ADMDown, DDPMppDown),
+    "down": (Down, ADMDown, ADMBlockDown, DDPMppDown),
     "up": (Up, DDPMppUp),
     "leave": (Leave, ResidualLeave),
+    "pool": (AttentionPool,),
 }
 # The fields of a part that the network fills in; a config may give the others.
 _GIVEN = {"parent", "name", "features", "channels", "dropout", "dtype", "heads", "classes", "augment", "time", "out_channels"}
 
-_TYPES = {f.name: f.type for f in dataclasses.fields(UNet) if f.name not in ("parent", "name")}
-# What a config's `model` group may hold.
-FIELDS = ("name", *_TYPES)
+Network = UNet | Classifier
+NETWORKS = ("UNet", "Classifier")
 
 
-def build(config) -> UNet:
+def _fields(network: type) -> tuple[str, ...]:
+    return tuple(f.name for f in dataclasses.fields(network) if f.name not in ("parent", "name"))  # type: ignore[arg-type]
+
+
+# What a config's `model` group may hold, some of it for one network only.
+FIELDS = ("name", *dict.fromkeys((*_fields(UNet), *_fields(Classifier))))
+
+
+def network(name: str) -> type[Network]:
+    """The class that a config's model.name names. Raises InputError for another name."""
+    if name not in NETWORKS:
+        raise InputError(f"model.name={name!r} is unknown{nearest(name, NETWORKS)}; allowed: {', '.join(NETWORKS)}")
+    return getattr(sys.modules[__name__], name)
+
+
+def build(config) -> Network:
     """The network of a config's `model` group: `name`, and its fields; parts are named by their class.
 
     A part may be given numbers of its own, "Sinusoidal(rate=0.125)". Raises InputError for an unknown network, field or part, or a
     number that no network can have.
     """
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in dict(config).items() if k != "name"}
-    if config.name != "UNet":
-        raise InputError(f"model.name={config.name!r} is unknown{nearest(config.name, ['UNet'])}; allowed: UNet")
+    kind = network(config.name)
+    known = _fields(kind)
     if fields.get("dtype", "float32") not in ("float32", "bfloat16", "float16"):
         raise InputError(f"model.dtype={fields['dtype']!r} is unknown; allowed: float32, bfloat16, float16")
     for key, value in fields.items():
-        if key not in _TYPES:
-            raise InputError(f"model.{key} is unknown{nearest(key, _TYPES)}; allowed: {', '.join(_TYPES)}")
+        if key not in known:
+            of = "" if kind is UNet else f" to model.name={config.name!r}"
+            raise InputError(f"model.{key} is unknown{of}{nearest(key, known)}; allowed: {', '.join(known)}")
         if key in PARTS:
             fields[key] = _part(key, value)
-    model = UNet(**fields)
+    model = kind(**fields)
     _check(model)
     return model
 
@@ -105,15 +127,16 @@ def _part(key: str, text: str) -> Part:
     return functools.partial(part, **kwargs) if kwargs else part
 
 
-def _check(model: UNet) -> None:
+def _check(model: Network) -> None:
     """Raises InputError for a number that would fail inside the network, or be passed over there without a word."""
-    for key, least in (("channels", 1), ("blocks", 1), ("heads", 1), ("classes", 0), ("augment", 0)):
+    if isinstance(model, UNet) and not isinstance(model.attend_each, bool):
+        raise InputError(f"model.attend_each={model.attend_each!r} is out of range; it is True or False")
+    numbers = {"classes": 0, "augment": 0} if isinstance(model, UNet) else {"classes": 2}
+    for key, least in ({"channels": 1, "blocks": 1, "heads": 1} | numbers).items():
         if not whole(getattr(model, key), least):
             raise InputError(f"model.{key}={getattr(model, key)!r} is out of range; it is a whole number, at least {least}")
     if not isinstance(model.dropout, int | float) or not 0 <= model.dropout < 1:
         raise InputError(f"model.dropout={model.dropout!r} is out of range; it is at least 0 and below 1")
-    if not isinstance(model.attend_each, bool):
-        raise InputError(f"model.attend_each={model.attend_each!r} is out of range; it is True or False")
     levels, attention = model.multipliers, model.attention
     if not isinstance(levels, tuple) or not levels or not all(whole(m, 1) for m in levels):
         raise InputError(f"model.multipliers={levels!r} is out of range; it has one whole number a level, each at least 1")

@@ -1,6 +1,6 @@
-"""The parts of the U-Net: how it hears the noise level, its blocks, attention and resampling, what enters and what leaves.
+"""The parts of the U-Net and the classifier: how they hear the noise level, blocks, attention, resampling, what enters and leaves.
 
-A part is a module that the skeleton (`unet.UNet`) calls by its role, always in the same way:
+A part is a module that the skeleton (`unet.UNet`, `classifier.Classifier`) calls by its role, always in the same way:
 
     time(features)(logsnr [B]) -> [B, ...]                                   the noise level as features
     embed(channels, classes, augment, time)(logsnr [B], cond) -> [B, 4 channels]     all that is not the image, as one vector
@@ -8,6 +8,7 @@ A part is a module that the skeleton (`unet.UNet`) calls by its role, always in 
     block, down, up(channels, dropout, dtype)(h, embedding, train) -> h      at the same, half or twice the size
     attend(heads, dtype)(h) -> h
     leave(out_channels, dtype)(h, x) -> y                                    the output, float32
+    pool(classes, heads, dtype)(h) -> logits [B, classes]                    a classifier's, float32
 
 What one family does otherwise is a class of its own beside the default, Ho et al.'s (DDPM appendix B). Parameters, norm statistics
 and embeddings are float32; convolutions and attention run in `dtype`.
@@ -190,12 +191,16 @@ class ResBlock(nn.Module):
         h = nn.silu(self.condition(h, nn.silu(embedding)))
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
         h = conv(self.channels, 3, axes, self.dtype, ZERO, name="conv2")(h)
-        if x.shape != h.shape:
-            x = nn.Dense(self.channels, dtype=self.dtype, kernel_init=INIT, name="shortcut")(self.resample(x))
-        return (x + h) * self.scale
+        return (self.around(x, h.shape) + h) * self.scale
 
     def resample(self, h: Array) -> Array:
         return h
+
+    def around(self, x: Array, shape: tuple[int, ...]) -> Array:
+        """x in the shape of what the block gives, by a linear map where they differ."""
+        if x.shape == shape:
+            return x
+        return nn.Dense(self.channels, dtype=self.dtype, kernel_init=INIT, name="shortcut")(self.resample(x))
 
     def condition(self, h: Array, embedding: Array) -> Array:
         """The embedding enters around the second norm."""
@@ -215,6 +220,20 @@ class ADMBlock(ResBlock):
         both = nn.Dense(2 * self.channels, dtype=self.dtype, kernel_init=INIT, name="embed")(embedding)
         scale, shift = jnp.split(_spread(both, h), 2, axis=-1)
         return self.norm2(h) * (1 + scale) + shift
+
+
+class ADMBlockDown(ADMBlock):
+    """Half the size by an ADMBlock that averages neighbours after its first norm, and around, there without a linear map.
+
+    Source: Dhariwal and Nichol 2021, section 3, who take it from BigGAN.
+    """
+
+    def resample(self, h: Array) -> Array:
+        return halve(h)
+
+    def around(self, x: Array, shape: tuple[int, ...]) -> Array:
+        x = halve(x)
+        return x if x.shape == shape else nn.Dense(self.channels, dtype=self.dtype, kernel_init=INIT, name="shortcut")(x)
 
 
 class VDMBlock(ResBlock):
@@ -303,6 +322,35 @@ class DDPMppAttention(Attention):
     """Attention whose sum is scaled by sqrt(1/2). Source: Song et al. 2021, appendix H."""
 
     scale: float = math.sqrt(0.5)
+
+
+class AttentionPool(nn.Module):
+    """norm, SiLU, attention whose one query is the mean of all positions, a linear map: h -> float32 [B, classes].
+
+    The mean stands before the positions, all have a learned place added, so an image of another size does not fit. The map is zero
+    at first: every class is as likely. Source: Radford et al. 2021 (CLIP), section 2.4, as Dhariwal and Nichol 2021 use it.
+    """
+
+    classes: int
+    heads: int = 1
+    dtype: Dtype = jnp.float32
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, h: Array) -> Array:
+        batch, channels = h.shape[0], h.shape[-1]
+        h = nn.silu(norm(channels, self.dtype, "norm_out", self.epsilon)(h)).reshape(batch, -1, channels)
+        h = jnp.concatenate([h.mean(1, keepdims=True), h], axis=1)
+        place = self.param("place", nn.initializers.normal(channels**-0.5), (1, *h.shape[1:]), jnp.float32)
+        h = h + place.astype(self.dtype)
+        q, k, v = (
+            nn.Dense(channels, dtype=self.dtype, kernel_init=INIT, name=name)(of).reshape(
+                batch, -1, self.heads, channels // self.heads
+            )
+            for name, of in (("q", h[:, :1]), ("k", h), ("v", h))
+        )
+        h = jax.nn.dot_product_attention(q, k, v).reshape(batch, channels).astype(jnp.float32)
+        return nn.Dense(self.classes, kernel_init=ZERO, name="logits")(h)
 
 
 class Leave(nn.Module):

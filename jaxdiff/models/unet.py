@@ -1,4 +1,7 @@
-"""The U-Net: one skeleton (which levels, how many blocks, where attention), whose parts are modules (`parts`)."""
+"""The U-Net: one skeleton (which levels, how many blocks, where attention), whose parts are modules (`parts`).
+
+Its way down and middle, `Trunk`, it shares with the classifier.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -22,7 +25,7 @@ from jaxdiff.models.parts import (
     norm,
 )
 
-__all__ = ["TIME_PER_LOGSNR", "LearnedSinusoidal", "ResBlock", "Sinusoidal", "UNet", "norm"]
+__all__ = ["TIME_PER_LOGSNR", "LearnedSinusoidal", "ResBlock", "Sinusoidal", "Trunk", "UNet", "norm"]
 
 Array = jax.Array
 Dtype = Any
@@ -30,28 +33,21 @@ Dtype = Any
 Part = Callable[..., Any]
 
 
-class UNet(nn.Module):
-    """Ho et al.'s network: (x [B, *space, C] at unit scale, logsnr [] or [B, 1, ..., 1], cond) -> [B, *space, out_channels].
+class Trunk(nn.Module):
+    """The way down and the middle of a U-Net: its fields, and what a network that ends otherwise builds on.
 
-    `space` has any number of axes, each divisible by 2^(levels - 1). `multipliers` gives each level's channels, `attention` the
-    levels (0 is full size) whose every block is followed by attention, on the way up, where `attend_each` is False, only the last;
-    the middle always has one. With `classes` > 0 the condition is {"label": int [] or [B]}, -1 being the null label (and what a
-    missing condition means); with `augment` > 0 it may have "augment": float [B, augment], zeros where it is missing. `train`
-    turns on dropout. `remat` keeps no activations inside blocks and computes them again for the gradient: less memory, more
-    operations. Raises ValueError where a size does not divide. Source: DDPM appendix B; its CIFAR-10 form is the default
-    (35,746,307).
+    `multipliers` gives each level's channels, `attention` the levels (0 is full size) whose every block is followed by attention;
+    the middle always has one. `remat` keeps no activations inside blocks and computes them again for the gradient: less memory,
+    more operations.
     """
 
     channels: int = 128
     multipliers: Sequence[int] = (1, 2, 2, 2)
     blocks: int = 2
     attention: Sequence[int] = (1,)
-    attend_each: bool = True
     heads: int = 1
     classes: int = 0
-    augment: int = 0
     dropout: float = 0.0
-    out_channels: int | None = None
     dtype: Dtype = jnp.float32
     remat: bool = False
     time: Part = Sinusoidal
@@ -60,56 +56,81 @@ class UNet(nn.Module):
     block: Part = ResBlock
     attend: Part = Attention
     down: Part = Down
-    up: Part = Up
-    leave: Part = Leave
 
-    @nn.compact
-    def __call__(self, x: Array, logsnr: Array, cond: Any = None, train: bool = False) -> Array:
+    def hear(self, x: Array, logsnr: Array, cond: Any, classes: int, augment: int) -> Array:
+        """All that is not the image, as one vector a sample: [B, 4 channels]."""
+        embed = self.inline(self.embed(self.channels, classes, augment, self.time))
+        return embed(jnp.broadcast_to(logsnr.reshape(-1), x.shape[:1]), cond)
+
+    def descend(self, x: Array, embedding: Array, train: bool) -> list[Array]:
+        """What each step of the way down gives, the coarsest last. Raises ValueError where a size does not divide."""
         last = len(self.multipliers) - 1
         if any(n % 2**last for n in x.shape[1:-1]):
             raise ValueError(f"{last + 1} levels need sizes divisible by {2**last}, got {x.shape[1:-1]}")
-        block, down, up, attend = self.block, self.down, self.up, self.attend
-        if self.remat:  # Argument 3 of a block, counted with self, is `train`: a Python bool.
-            block, down, up, attend = _remat(block, 3), _remat(down, 3), _remat(up, 3), _remat(attend)
-
-        embed = self.inline(self.embed(self.channels, self.classes, self.augment, self.time))
-        embedding = embed(jnp.broadcast_to(logsnr.reshape(-1), x.shape[:1]), cond)
-
-        def call(part: Part, h: Array, level: int, name: str) -> Array:
-            channels = self.channels * self.multipliers[level]
-            return part(channels, self.dropout, self.dtype, name=name)(h, embedding, train)
-
-        def attention(h: Array, name: str) -> Array:
-            return attend(self.heads, self.dtype, name=f"{name}_attention")(h)
-
         h = self.inline(self.enter(self.channels, self.dtype))(x)
-        skips = [h]
+        steps = [h]
         for level in range(last + 1):
             for i in range(self.blocks):
-                h = call(block, h, level, f"down{level}_{i}_block")
-                h = attention(h, f"down{level}_{i}") if level in self.attention else h
-                skips.append(h)
+                h = self.call(self.block, level, f"down{level}_{i}_block", h, embedding, train)
+                h = self.look(f"down{level}_{i}", h) if level in self.attention else h
+                steps.append(h)
             if level < last:
-                h = call(down, h, level, f"down{level}")
-                skips.append(h)
+                h = self.call(self.down, level, f"down{level}", h, embedding, train)
+                steps.append(h)
+        return steps
 
-        h = call(block, h, last, "middle_block1")
-        h = call(block, attention(h, "middle"), last, "middle_block2")
+    def middle(self, h: Array, embedding: Array, train: bool) -> Array:
+        last = len(self.multipliers) - 1
+        h = self.call(self.block, last, "middle_block1", h, embedding, train)
+        return self.call(self.block, last, "middle_block2", self.look("middle", h), embedding, train)
 
-        for level in reversed(range(last + 1)):
-            for i in range(self.blocks + 1):
-                h = call(block, jnp.concatenate([h, skips.pop()], axis=-1), level, f"up{level}_{i}_block")
-                if level in self.attention and (self.attend_each or i == self.blocks):
-                    h = attention(h, f"up{level}_{i}")
-            if level > 0:
-                h = call(up, h, level, f"up{level}")
+    def call(self, part: Part, level: int, name: str, h: Array, embedding: Array, train: bool) -> Array:
+        """A block, down or up, at a level."""
+        channels = self.channels * self.multipliers[level]
+        part = _remat(part, 3) if self.remat else part  # argument 3, counted with self, is `train`: a Python bool
+        return part(channels, self.dropout, self.dtype, name=name)(h, embedding, train)
 
-        return self.inline(self.leave(self.out_channels or x.shape[-1], self.dtype))(h, x)
+    def look(self, name: str, h: Array) -> Array:
+        """Attention after the block of that name."""
+        attend = _remat(self.attend) if self.remat else self.attend
+        return attend(self.heads, self.dtype, name=f"{name}_attention")(h)
 
     def inline(self, part: nn.Module) -> Any:
         """The part, its parameters named as if they were the network's own."""
         nn.share_scope(self, part)
         return part
+
+
+class UNet(Trunk):
+    """Ho et al.'s network: (x [B, *space, C] at unit scale, logsnr [] or [B, 1, ..., 1], cond) -> [B, *space, out_channels].
+
+    `space` has any number of axes, each divisible by 2^(levels - 1). On the way up attention follows every block of the levels in
+    `attention`, where `attend_each` is False only the last. With `classes` > 0 the condition is {"label": int [] or [B]}, -1 being
+    the null label (and what a missing condition means); with `augment` > 0 it may have "augment": float [B, augment], zeros where
+    it is missing. `train` turns on dropout. Raises ValueError where a size does not divide. Source: DDPM appendix B; its CIFAR-10
+    form is the default (35,746,307).
+    """
+
+    attend_each: bool = True
+    augment: int = 0
+    out_channels: int | None = None
+    up: Part = Up
+    leave: Part = Leave
+
+    @nn.compact
+    def __call__(self, x: Array, logsnr: Array, cond: Any = None, train: bool = False) -> Array:
+        embedding = self.hear(x, logsnr, cond, self.classes, self.augment)
+        skips = self.descend(x, embedding, train)
+        h = self.middle(skips[-1], embedding, train)
+        for level in reversed(range(len(self.multipliers))):
+            for i in range(self.blocks + 1):
+                h = jnp.concatenate([h, skips.pop()], axis=-1)
+                h = self.call(self.block, level, f"up{level}_{i}_block", h, embedding, train)
+                if level in self.attention and (self.attend_each or i == self.blocks):
+                    h = self.look(f"up{level}_{i}", h)
+            if level > 0:
+                h = self.call(self.up, level, f"up{level}", h, embedding, train)
+        return self.inline(self.leave(self.out_channels or x.shape[-1], self.dtype))(h, x)
 
 
 def _remat(part: Part, *static: int) -> Part:
