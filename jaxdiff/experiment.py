@@ -110,7 +110,7 @@ def build(config) -> Experiment:
     _check(config, model, objective, start, target, draw, weight)
     _check_objective(config, objective, start, target, draw, learns)
     lo, hi = (-LOGSNR_LIMIT, LOGSNR_LIMIT) if learns else _logsnr_range(process, start, draw)
-    if objective.weighted and target is not None:
+    if target is not None and objective.weighted:
         _check_weight(process, weight, start, draw, target)
     if objective.outputs > 1:
         model = model.clone(out_channels=objective.outputs * shape[-1])
@@ -186,16 +186,16 @@ def build(config) -> Experiment:
     )
 
 
+def _density(draw: times.Draw | times.Adaptive) -> Callable[[Array], Array]:
+    # What an adaptive draw prefers is divided out of the loss, so that to an objective it is uniform.
+    return jnp.ones_like if isinstance(draw, times.Adaptive) else draw.density
+
+
 def target_of(experiment: Experiment) -> Target:
     """What the network regresses. Raises InputError for a classifier."""
     if experiment.target is None:
         raise InputError("a classifier (model.name='Classifier') predicts no images; it guides a diffusion model, which does")
     return experiment.target
-
-
-def _density(draw: times.Draw | times.Adaptive) -> Callable[[Array], Array]:
-    # What an adaptive draw prefers is divided out of the loss, so that to an objective it is uniform.
-    return jnp.ones_like if isinstance(draw, times.Adaptive) else draw.density
 
 
 def optional(config, group: str, name: str) -> Any:
@@ -210,8 +210,8 @@ def check_keys(config, needed: Mapping[str, Sequence[str]] = KEYS) -> None:
     """
     groups = [group for group in KEYS if group]
     _check_group("", config, [*KEYS[""], *groups], [*needed.get("", ()), *filter(None, needed)])
-    named = isinstance(config.get("model"), ConfigDict) and "name" in config.model
-    classifies = named and models.network(config.model.name) is models.Classifier
+    has_name = isinstance(config.get("model"), ConfigDict) and "name" in config.model
+    classifies = has_name and models.network(config.model.name) is models.Classifier
     for group in groups:
         if group in config:
             allowed = models.FIELDS if group == "model" else KEYS[group]
