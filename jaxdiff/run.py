@@ -135,12 +135,6 @@ def average(config) -> str:
 def of(config, experiment: Experiment, params: Any, step: int = 0) -> Run:
     """The run of parameters at hand. Runs of one experiment share their compiled samplers. Raises InputError for a classifier's."""
     target_of(experiment)
-    compiled = set()
-
-    def tell_of_compiling(program: Hashable) -> None:
-        if program not in compiled:
-            print("compiling the sampler (once; its program is kept) ...", file=sys.stderr, flush=True)
-            compiled.add(program)
 
     def denoise(label: Any = None, guidance: float = 1.0) -> Denoiser:
         labels = _labels(config, experiment, label)
@@ -163,7 +157,7 @@ def of(config, experiment: Experiment, params: Any, step: int = 0) -> Run:
             labels = None if wanted.labels is None else wanted.labels[rows]
             made = wanted.make(denoiser_of(config, experiment, params, labels, wanted.guidance), rows)
             shape, x0 = latent_shape(experiment, size), None if start is None else start[rows]
-            tell_of_compiling((jax.tree.structure((made, x0)), shape))
+            _tell_of_compiling((jax.tree.structure((made, x0)), shape))
             try:
                 z = _draw(wanted.keys[rows], made, wanted.levels, experiment.data_std, x0, shape=shape, mesh=mesh)
             except ValueError as error:
@@ -290,6 +284,15 @@ def draw_samples(keys, solver, levels, data_std, x0, shape, mesh):
 
 # Parameters, labels, guidance, eta, the grid and the keys are traced arguments: new values never compile again.
 _draw = jax.jit(draw_samples, static_argnames=("shape", "mesh"))
+
+# The programs that `_draw` holds, as far as a user is to be told that one is made.
+_compiled: set[Hashable] = set()
+
+
+def _tell_of_compiling(program: Hashable) -> None:
+    if program not in _compiled:
+        tqdm.write("compiling the sampler (once; its program is kept) ...", file=sys.stderr)
+        _compiled.add(program)
 
 
 def _draw_with_path(keys, solver, levels, data_std, chosen, shape):
