@@ -13,9 +13,9 @@ import numpy as np
 from jax.tree_util import Partial
 
 from jaxdiff.denoiser import Denoiser, partial
-from jaxdiff.level import Level, Prediction, beta_std, diffuse, logsnr
+from jaxdiff.level import Level, Prediction, beta_std, diffuse, logsnr, with_x0
 from jaxdiff.sampling import sample, sample_keys, solve
-from jaxdiff.solvers.base import Noise, Solver, fold, fresh, with_x0
+from jaxdiff.solvers.base import Noise, Solver, fold, fresh
 
 Array = jax.Array
 

@@ -15,7 +15,7 @@ from jax.tree_util import Partial
 from jaxdiff import targets
 from jaxdiff.classifier import LogProb
 from jaxdiff.denoiser import Denoiser, partial
-from jaxdiff.level import Level, Prediction, logsnr
+from jaxdiff.level import Level, Prediction, logsnr, with_x0
 from jaxdiff.targets import Target
 
 Array = jax.Array
@@ -125,7 +125,7 @@ def _projected(
     far = square > radius**2
     d = d * jnp.where(far, radius / jnp.sqrt(jnp.where(far, square, 1)), 1)
     part = _dot(d, c.x0) / jnp.where(own > 0, own, 1) * c.x0
-    return _given_x0(c.x0 + (w - 1) * (d + (parallel - 1) * part), x, level, c.aux)
+    return with_x0(x, level, c.x0 + (w - 1) * (d + (parallel - 1) * part), c.aux)
 
 
 def clip(denoise: Denoiser, lo: float | Array, hi: float | Array) -> Denoiser:
@@ -140,7 +140,7 @@ def clip(denoise: Denoiser, lo: float | Array, hi: float | Array) -> Denoiser:
 
 def _clip(denoise: Denoiser, lo: Array, hi: Array, x: Array, level: Level) -> Prediction:
     p = denoise(x, level)
-    return _given_x0(jnp.clip(p.x0, lo, hi), x, level, p.aux)
+    return with_x0(x, level, jnp.clip(p.x0, lo, hi), p.aux)
 
 
 def dynamic_clip(
@@ -162,7 +162,7 @@ def _dynamic_clip(denoise: Denoiser, percentile: Array, lo: Array, hi: Array, x:
     middle, half = (lo + hi) / 2, (hi - lo) / 2
     unit = (p.x0 - middle) / half
     s = jnp.maximum(jnp.quantile(jnp.abs(unit), percentile, axis=_inner(unit), keepdims=True), 1)
-    return _given_x0(middle + half * jnp.clip(unit, -s, s) / s, x, level, p.aux)
+    return with_x0(x, level, middle + half * jnp.clip(unit, -s, s) / s, p.aux)
 
 
 def classifier(denoise: Denoiser, log_prob: LogProb, scale: Scale) -> Denoiser:
@@ -188,10 +188,6 @@ def _classifier(denoise: Denoiser, log_prob: LogProb, scale: Scale, x: Array, le
     # A classifier may say NaN at alpha = 0, whose logsnr is -inf; the selection, unlike a factor of zero, does not pass it on.
     push = jnp.where(known, _at(scale, level) * level.sigma * grad, 0)
     return Prediction(p.x0 + level.sigma / jnp.where(known, level.alpha, 1) * push, p.eps - push, p.aux)
-
-
-def _given_x0(x0: Array, x: Array, level: Level, aux: Any) -> Prediction:
-    return Prediction(x0, (x - level.alpha * x0) / level.sigma, aux)
 
 
 def _inner(a: Array) -> tuple[int, ...]:

@@ -45,6 +45,19 @@ def diffuse(level: Level, x0: Array, eps: Array) -> Array:
     return level.alpha * x0 + level.sigma * eps
 
 
+def between(t: Level, s: Level, r: float | Array) -> Level:
+    """The level at the share r of the way from t to s, geometric in alpha and in sigma, so that the logsnr is linear in r.
+
+    Of the shape that the levels and r broadcast to. Source: Lu et al. 2022 (DPM-Solver), algorithm 1, of its midpoint in lambda.
+    """
+    return Level(*(a ** (1 - r) * b**r for a, b in zip(t, s)))
+
+
+def with_x0(x: Array, level: Level, x0: Array, aux: Any = None) -> Prediction:
+    """The prediction at x [B, ...] that says x0, its eps from alpha * x0 + sigma * eps == x; sigma must be positive."""
+    return Prediction(x0, (x - level.alpha * x0) / level.sigma, aux)
+
+
 def posterior_std(t: Level, s: Level, prediction: Prediction | None = None) -> Array:
     """The standard deviation of q(x_s | x_t, x0) for s less noisy than t, of the levels' shape: DDPM's "small" one.
 

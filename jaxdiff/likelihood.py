@@ -16,7 +16,7 @@ from jax.tree_util import Partial
 
 from jaxdiff.codec import Codec, ends
 from jaxdiff.denoiser import Denoiser, partial
-from jaxdiff.level import Level, Prediction, beta_std, diffuse, learned_std, logsnr, posterior_std
+from jaxdiff.level import Level, Prediction, beta_std, between, diffuse, learned_std, logsnr, posterior_std
 from jaxdiff.sampling import sample_keys
 from jaxdiff.schedules import Schedule
 
@@ -260,18 +260,13 @@ def continuous_elbo(
 
     def term(total, n):
         share = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, terms + 1 + n)))(keys)
-        level, eps = _between(first, last, ((share + n) / terms).reshape(-1, *ones)), noise(n)
+        level, eps = between(first, last, ((share + n) / terms).reshape(-1, *ones)), noise(n)
         return total + _sum(jnp.square(eps_error(denoise(diffuse(level, x0, eps), level), level, x0, eps))), None
 
     total, _ = jax.lax.scan(term, jnp.zeros(x0.shape[0], x0.dtype), jnp.arange(terms))
     x = diffuse(last, x0, noise(terms))
     log = decoder(x0, x, denoise(x, last), last, jnp.broadcast_to(last.sigma / last.alpha, x0.shape))
     return Bound(prior_kl(x0, first, data_std), total * (logsnr(last) - logsnr(first)) / (2 * terms), -_sum(log))
-
-
-def _between(t: Level, s: Level, r: Array) -> Level:
-    """The level at a share r of the way from t to s, geometric in alpha and sigma, so even in logsnr; of r's shape."""
-    return Level(t.alpha * jnp.exp(r * jnp.log(s.alpha / t.alpha)), t.sigma * jnp.exp(r * jnp.log(s.sigma / t.sigma)))
 
 
 def diffusion_term(denoise: Denoiser, schedule: Schedule, t: Array, x0: Array, eps: Array) -> Array:
@@ -343,7 +338,7 @@ def log_likelihood(
         da, ds = jnp.log(s.alpha / t.alpha), jnp.log(s.sigma / t.sigma)
 
         def slope(r, x):
-            level = _between(t, s, r)
+            level = between(t, s, r)
 
             def data(x):
                 return denoise(x, level).x0

@@ -1,4 +1,4 @@
-"""Large requests drawn in parts that are kept on disk, so that a stopped one goes on where it was."""
+"""Long work in parts that are kept on disk, so that a stopped one goes on where it was."""
 
 import hashlib
 import json
@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
+from jaxdiff import mesh as meshes
 from jaxdiff.errors import InputError
 
 
@@ -17,9 +18,9 @@ def digest(tree: Any) -> str:
     """A SHA-256 of all arrays of a pytree, such as a model's parameters, with their paths, shapes and dtypes."""
     total = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(leaf)
+        array = np.ascontiguousarray(meshes.fetch(leaf) if isinstance(leaf, jax.Array) else leaf)
         total.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
-        total.update(np.ascontiguousarray(array).tobytes())
+        total.update(array.view(np.uint8).data)
     return total.hexdigest()
 
 
@@ -43,7 +44,7 @@ def drawn(folder: epath.Path, asked: dict[str, Any], n: int, size: int, draw: Ca
         path = folder / f"part_{start:07d}.npy"
         if not known:
             images = draw(np.arange(start, min(start + size, n)))
-            _write(path, images)
+            write(path, images)
             bar.update(len(images))
         with path.open("rb") as file:
             parts.append(np.load(file))
@@ -51,8 +52,8 @@ def drawn(folder: epath.Path, asked: dict[str, Any], n: int, size: int, draw: Ca
     return np.concatenate(parts)
 
 
-def _write(path: epath.Path, array: np.ndarray) -> None:
-    # Whole or not at all: a part that exists is never read half.
+def write(path: epath.Path, array: np.ndarray) -> None:
+    """Writes an array as .npy, whole or not at all: one that exists is never read half."""
     temporary = path.parent / (path.name + ".partial")
     with temporary.open("wb") as file:
         np.save(file, array)

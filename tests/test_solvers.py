@@ -10,7 +10,7 @@ from oracles import flow, gaussian, known, ones, zeros
 
 from jaxdiff import schedules, solvers, targets, times
 from jaxdiff.denoiser import denoiser
-from jaxdiff.level import Level, Prediction, beta_std, posterior_std
+from jaxdiff.level import Level, Prediction, beta_std, posterior_std, with_x0
 from jaxdiff.sampling import sample, solve
 from jaxdiff.solvers import wrappers
 
@@ -426,7 +426,7 @@ def test_consistency_sampling_of_a_consistency_function_is_exact():
     """Of the flow's own end point as x0, every step ends on the data's distribution."""
     mean, var = 0.5, 0.3
     origin = Level(jnp.ones(()), jnp.zeros(()))
-    ends = jax.tree_util.Partial(lambda x, level: solvers.base.with_x0(x, level, flow_jnp(mean, var, x, level, origin)))
+    ends = jax.tree_util.Partial(lambda x, level: with_x0(x, level, flow_jnp(mean, var, x, level, origin)))
     levels = times.grid(schedules.edm, [80.0, 5.0, 0.5])
     x = 80.0 * jax.random.normal(jax.random.key(0), (20000, 1))
     got = sample(jax.random.key(1), solvers.consistency(ends), x, levels)

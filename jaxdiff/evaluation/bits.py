@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxdiff import codec as codecs
-from jaxdiff import guidance, likelihood, schedules, times
+from jaxdiff import guidance, likelihood, schedules, shards, times
 from jaxdiff import mesh as meshes
 from jaxdiff.data import Dataset
 from jaxdiff.denoiser import denoiser
@@ -140,13 +140,11 @@ def evaluate(
     run, line = estimator(metric, config, experiment, params, settings)
     used = settings._replace(terms=0) if metric == "bpd_ode" else settings._replace(steps=0)
     built = [config.model.to_dict(), config.process.to_dict(), config.data.codec, config.sampling.clip]
-    same = {
-        "model": _digest(json.dumps(built, sort_keys=True), *jax.tree.leaves(params)),
-        "images": _digest(dataset.images, dataset.labels),
-    }
+    same = {"model": shards.digest(params), "images": shards.digest((dataset.images, dataset.labels))}
     what = {"metric": metric, "how": line, "n": len(dataset.labels), **of, **used._asdict(), **same}
-    name = f"{metric}-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]}"
+    name = f"{metric}-{hashlib.sha256(json.dumps([what, built], sort_keys=True).encode()).hexdigest()[:12]}"
     folder = place(workdir) / "evaluation"
+    folder.mkdir(parents=True, exist_ok=True)
     rows = _kept(folder / f"{name}.npy") if meshes.first_process() else None
     n = int(meshes.agree(np.int32(0 if rows is None else len(rows))))
     parts = [] if rows is None else [rows]
@@ -177,25 +175,12 @@ def evaluate(
             bar.update(len(here))
             bar.set_postfix(bits=f"{np.concatenate(parts)[:, 0].mean():.4f}")
             if meshes.first_process():
-                _keep(folder / f"{name}.npy", np.concatenate(parts))
+                shards.write(folder / f"{name}.npy", np.concatenate(parts))
     each = np.concatenate(parts).astype(np.float64) if parts else np.zeros((0, 1))
     row = what | _summary(each)
     if meshes.first_process():
         (folder / f"{name}.json").write_text(json.dumps(row, indent=1) + "\n")
     return row
-
-
-def _digest(*parts: Any) -> str:
-    """A digest of texts and arrays, which decides whether figures of an earlier evaluation are of the same model and images."""
-    seen = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        if isinstance(part, str):
-            seen.update(part.encode())
-            continue
-        array = np.ascontiguousarray(meshes.fetch(part) if isinstance(part, jax.Array) else part)
-        seen.update(f"{array.dtype}{array.shape}".encode())
-        seen.update(array.view(np.uint8).data)
-    return seen.hexdigest()
 
 
 def _summary(each: np.ndarray) -> dict[str, float | None]:
@@ -220,11 +205,3 @@ def _kept(file) -> np.ndarray | None:
             return np.load(opened)
         except (ValueError, EOFError):  # cut short
             return None
-
-
-def _keep(file, rows: np.ndarray) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.parent / f"{file.name}.partial"
-    with partial.open("wb") as opened:
-        np.save(opened, rows)
-    partial.replace(file)

@@ -8,7 +8,6 @@ from jaxdiff.solvers.base import Noise as Noise
 from jaxdiff.solvers.base import Solver as Solver
 from jaxdiff.solvers.base import State as State
 from jaxdiff.solvers.base import Std as Std
-from jaxdiff.solvers.base import between as between
 from jaxdiff.solvers.base import deterministic as deterministic
 from jaxdiff.solvers.base import dial as dial
 from jaxdiff.solvers.multistep import deis, dpmpp_2m, dpmpp_3m, dpmpp_3m_corrected, lms, unipc

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from jaxdiff.denoiser import Denoiser, partial
-from jaxdiff.level import Level
-from jaxdiff.solvers.base import LAMBDA_LIMIT, POINTS, Solver, between, denoised, half, under_exponential, with_x0
+from jaxdiff.level import Level, between, with_x0
+from jaxdiff.solvers.base import LAMBDA_LIMIT, POINTS, Solver, denoised, half, under_exponential
 
 Array = jax.Array
 

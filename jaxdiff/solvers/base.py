@@ -58,11 +58,6 @@ def half(level: Level) -> Array:
     return logsnr(level) / 2
 
 
-def between(t: Level, s: Level, r: float | Array) -> Level:
-    """The level at the share r of the way from t to s, geometric in alpha and in sigma, so that half-logsnr is linear in r."""
-    return Level(*(a ** (1 - r) * b**r for a, b in zip(t, s)))
-
-
 def denoised(denoise: Denoiser, state: Any, t: Level) -> Array:
     """How a sampler ends: the denoiser's x0."""
     return denoise(state.x, t).x0
@@ -97,11 +92,6 @@ def move(std: Std, add: Std, noise: Noise, keys: Array, p: Prediction, t: Level,
     """The first-order step x_s = alpha_s x0 + sqrt(sigma_s^2 - std^2) eps + add * noise. Source: DDIM eq. 12."""
     mean = s.alpha * p.x0 + kept(std(t, s, p), s) * p.eps
     return with_noise(noise, keys, mean, add(t, s, p))
-
-
-def with_x0(x: Array, level: Level, x0: Array, aux: Any = None) -> Prediction:
-    """The prediction at x that says x0; sigma must be positive."""
-    return Prediction(x0, (x - level.alpha * x0) / level.sigma, aux)
 
 
 def under_exponential(exponent: Array) -> Array:

@@ -13,7 +13,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from jaxdiff.denoiser import Denoiser, partial
-from jaxdiff.level import Level
+from jaxdiff.level import Level, with_x0
 from jaxdiff.solvers.base import (
     POINTS,
     Noise,
@@ -26,7 +26,6 @@ from jaxdiff.solvers.base import (
     kept,
     move,
     under_exponential,
-    with_x0,
 )
 
 Array = jax.Array

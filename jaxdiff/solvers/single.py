@@ -5,13 +5,12 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from jaxdiff.denoiser import Denoiser, partial
-from jaxdiff.level import beta_std, learned_std, posterior_std
+from jaxdiff.level import beta_std, between, learned_std, posterior_std, with_x0
 from jaxdiff.solvers.base import (
     Noise,
     Solver,
     State,
     Std,
-    between,
     denoised,
     deterministic,
     dial,
@@ -20,7 +19,6 @@ from jaxdiff.solvers.base import (
     langevin_step,
     move,
     with_noise,
-    with_x0,
 )
 from jaxdiff.solvers.wrappers import ancestral, churn, langevin
 
@@ -160,16 +158,16 @@ def churned(
     denoise: Denoiser,
     solver=heun,
     gamma: float | Array = 0.2,
-    between: tuple[float, float] = (0.05, 50.0),
+    within: tuple[float, float] = (0.05, 50.0),
     scale: float | Array = 1.003,
     noise: Noise = jax.random.normal,
 ) -> Solver:
     """EDM's stochastic sampler: before each step of `solver`, the noise is raised by the share gamma, as `wrappers.churn` does.
 
-    Source: EDM algorithm 2, with gamma = min(S_churn / N, sqrt(2) - 1), `between` = (S_min, S_max) and `scale` = S_noise; the
+    Source: EDM algorithm 2, with gamma = min(S_churn / N, sqrt(2) - 1), `within` = (S_min, S_max) and `scale` = S_noise; the
     defaults are table 5's for CIFAR-10-like images at S_churn / N = 0.2.
     """
-    return churn(solver(denoise), gamma, between, scale, noise)
+    return churn(solver(denoise), gamma, within, scale, noise)
 
 
 def corrected(

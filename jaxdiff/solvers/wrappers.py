@@ -28,15 +28,15 @@ def _ancestral(init, step, final, eta, noise, keys, state, t, s):
 def churn(
     solver: Solver,
     gamma: float | Array,
-    between: tuple[float, float] = (0.0, float("inf")),
+    within: tuple[float, float] = (0.0, float("inf")),
     scale: float | Array = 1.0,
     noise: Noise = jax.random.normal,
 ) -> Solver:
-    """Raises sigma by the share gamma before each step whose sigma / alpha lies in `between`, by noise of deviation `scale`.
+    """Raises sigma by the share gamma before each step whose sigma / alpha lies in `within`, by noise of deviation `scale`.
 
     `gamma` is a step's, min(S_churn / N, sqrt(2) - 1) in N steps. Source: EDM algorithm 2, lines 4 to 6.
     """
-    lo, hi = between
+    lo, hi = within
     return solver._replace(step=Partial(_churn, *solver, jnp.asarray(gamma, float), lo, hi, scale, partial(noise)))
 
 
