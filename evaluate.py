@@ -27,6 +27,7 @@ flags.DEFINE_integer("batch_size", 0, "Images at once; 0 is config.sampling.batc
 flags.DEFINE_integer("terms", 128, "bpd_elbo: steps or times drawn for each image; 0 is every step (1000 times without a table).")
 flags.DEFINE_integer("steps", 50, "bpd_ode: steps of the integrator, four evaluations each.")
 flags.DEFINE_integer("seed", 0, "Of the random numbers.")
+flags.DEFINE_integer("step", None, "The checkpoint kept at this training step (default: the newest).")
 flags.DEFINE_string("ema", None, "One of config.training.ema, or 'power(0.07)', say, from snapshots (default: the config's).")
 flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several processes are not found automatically.")
 flags.DEFINE_integer("processes", None, "How many processes there are.")
@@ -44,7 +45,7 @@ def main() -> None:
         if FLAGS[name].value < 0:  # type: ignore[operator]
             raise jd.InputError(f"{name}={FLAGS[name].value} is negative")
     meshes.connect(FLAGS.coordinator, FLAGS.processes, FLAGS.process)
-    run = jd.load(FLAGS.workdir, FLAGS.ema)
+    run = jd.load(FLAGS.workdir, FLAGS.ema, FLAGS.step)
     config = run.config
     settings = evaluation.Settings(FLAGS.terms, FLAGS.steps, FLAGS.seed)
     built = experiment.build(config)

@@ -25,6 +25,7 @@ flags.DEFINE_string("times", None, "The grid, such as uniform or 'linear(lo=0.00
 flags.DEFINE_float("guidance", None, "Classifier-free guidance; 1 is none (default: the config's).")
 flags.DEFINE_integer("label", None, "The class, -1 for none (default: each class in turn).")
 flags.DEFINE_integer("seed", 0, "Of the random numbers.")
+flags.DEFINE_integer("step", None, "The checkpoint kept at this training step (default: the newest).")
 flags.DEFINE_string("ema", None, "One of config.training.ema, or 'power(0.07)', say, from snapshots (default: the config's).")
 flags.DEFINE_string("out", None, "A .png or .npz file (default: samples.png in the workdir).")
 flags.DEFINE_string("trajectory", None, "A .gif or .png file to show the denoiser's estimates on the way in, too.")
@@ -43,7 +44,7 @@ def main() -> None:
         raise jd.InputError("--mask, --strength and --resample edit a picture; give it with --image=FILE")
     if FLAGS.image is not None and FLAGS.mask is None and FLAGS.strength == 1:
         raise jd.InputError("--image needs --mask=FILE, or --strength below 1: else nothing of it would be left")
-    run = jd.load(FLAGS.workdir, FLAGS.ema)
+    run = jd.load(FLAGS.workdir, FLAGS.ema, FLAGS.step)
     for path in filter(None, (out, film)):
         if "://" not in str(path) and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
             raise jd.InputError(f"{path}: the folder {path.parent} is not there or cannot be written")

@@ -85,31 +85,32 @@ class Classifier(NamedTuple):
     step: int
 
 
-def load(workdir: str | Path, ema: float | str | None = None) -> Run:
+def load(workdir: str | Path, ema: float | str | None = None, step: int | None = None) -> Run:
     """The run whose newest good checkpoint is in `workdir`; only its averaged parameters are read, onto every device.
 
     `ema` names another average than config.sampling.ema: one of config.training.ema, or where the workdir holds snapshots
-    "power(std)" of any width, put together from them (Karras et al. 2024, section 3). Damaged checkpoints are passed over with a
-    warning. Raises InputError where there is no good checkpoint or no such average, and for a classifier's.
+    "power(std)" of any width, put together from them (Karras et al. 2024, section 3). `step` asks for the kept checkpoint of that
+    step instead of the newest. Damaged checkpoints are passed over with a warning. Raises InputError where there is no good
+    checkpoint or no such average, and for a classifier's.
     """
-    config, experiment, params, step = _load(workdir, ema)
+    config, experiment, params, step = _load(workdir, ema, step)
     if experiment.target is None:
         raise InputError(f"{workdir} holds a classifier, which draws no images; jaxdiff.load_classifier loads it, to guide with")
     return of(config, experiment, params, step)
 
 
-def load_classifier(workdir: str | Path, ema: float | str | None = None) -> Classifier:
+def load_classifier(workdir: str | Path, ema: float | str | None = None, step: int | None = None) -> Classifier:
     """The classifier whose newest good checkpoint is in `workdir`, as `load` loads a model that draws."""
-    config, experiment, params, step = _load(workdir, ema)
+    config, experiment, params, step = _load(workdir, ema, step)
     if experiment.target is not None:
         raise InputError(f"{workdir} holds a {config.model.name}, no classifier; jaxdiff.load loads it")
     return classifier_of(config, experiment, params, step)
 
 
-def _load(workdir: str | Path, ema: float | str | None) -> tuple[ConfigDict, Experiment, Any, int]:
+def _load(workdir: str | Path, ema: float | str | None, step: int | None) -> tuple[ConfigDict, Experiment, Any, int]:
     from jaxdiff.training import checkpoint, posthoc  # brings Orbax, which drawing from parameters at hand does not need
 
-    step, config, bad = checkpoint.restore_meta(workdir)
+    step, config, bad = checkpoint.restore_meta(workdir, step)
     for number, problem in bad.items():
         warnings.warn(f"checkpoint of step {number} is damaged ({problem}); using step {step}", stacklevel=3)
     experiment = build(config)

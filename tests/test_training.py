@@ -213,6 +213,17 @@ def test_the_newest_are_kept_and_the_averages_come_back_alone(trained, tmp_path)
     assert loaded.step == 3 and equal(loaded.params, state.ema["0.9"])
 
 
+def test_an_earlier_checkpoint_can_be_asked_for(trained, tmp_path):
+    saved(trained, tmp_path, (1, 2, 3))
+    newest, earlier = run.load(tmp_path), run.load(tmp_path, step=2)
+    assert earlier.step == 2 and not equal(earlier.params, newest.params)
+    with pytest.raises(InputError, match="no checkpoint of step=1; there are: 3, 2"):
+        run.load(tmp_path, step=1)
+    next((tmp_path / "checkpoints" / "2" / "ema").rglob("manifest*")).write_bytes(b"")
+    with pytest.raises(InputError, match="checkpoints/2 is damaged"):
+        run.load(tmp_path, step=2)
+
+
 def test_no_checkpoint_and_damaged_ones_are_one_line(trained, tmp_path):
     with pytest.raises(InputError, match="is not there"):
         run.load(tmp_path / "none")

@@ -280,7 +280,7 @@ def restore_meta(
 ) -> tuple[int, ConfigDict, dict[int, str]]:
     """The step and config of a checkpoint (the newest good one), and what is wrong with the newer ones that were passed over.
 
-    Raises InputError where there is none, or every one is damaged.
+    Raises InputError where there is none, where every one is damaged, and for a `step` that is not there or damaged.
     """
     folder = place(workdir) / FOLDER
     bad: dict[int, str] = {}
@@ -288,10 +288,15 @@ def restore_meta(
         raise InputError(f"workdir {workdir} is not there")
     if step is None:
         step, bad = newest_good(workdir, items)
-    if step is None:
-        if bad:
+        if step is None and bad:
             raise InputError(_all_damaged(workdir, bad))
-        raise InputError(f"{workdir} holds no checkpoint ({folder} is empty or missing); train one there first")
+        if step is None:
+            raise InputError(f"{workdir} holds no checkpoint ({folder} is empty or missing); train one there first")
+    elif step not in steps(folder):
+        held = ", ".join(str(number) for number in steps(folder)) or "none"
+        raise InputError(f"{workdir} holds no checkpoint of step={step}; there are: {held}")
+    elif problem := damage(folder / str(step), items):
+        raise InputError(f"checkpoint {folder}/{step} is damaged ({problem})")
     meta = json.loads((folder / str(step) / "meta" / "metadata").read_text())
     return step, ConfigDict(_tuples(meta["config"])), bad
 
