@@ -138,7 +138,7 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
 
         count = sum(a.size for a in jax.tree.leaves(shapes.params))
         say(f"{count:,} parameters; compiling the train step (about a minute for a large network, cached for next time) ...")
-        peak, flops = hardware.peak_flops(jax.devices()[0]), 0.0
+        peak, flops = hardware.peak_flops(jax.devices()[0]), None
         if peak:
             flops = hardware.step_flops(step.lower(key, state, batch_of(first)), config.training.accumulate)
         stop = _on_signal(stack)
@@ -166,7 +166,7 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
             row = metrics.summary(told) | {"ema_distance": float(apart)}
             if clock.pace:
                 row |= {"steps_per_s": 1 / clock.pace, "images_per_s": config.batch_size / clock.pace}
-                if peak:
+                if peak and flops:
                     row["mfu"] = flops / clock.pace / (peak * jax.device_count())
             clock.restart(done)
             writer.scalars(done, row)

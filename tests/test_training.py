@@ -11,7 +11,7 @@ from tiny import config
 
 from jaxdiff import data, experiment, pictures, run, training
 from jaxdiff.errors import InputError
-from jaxdiff.training import checkpoint, metrics, posthoc
+from jaxdiff.training import checkpoint, hardware, metrics, posthoc
 
 
 @pytest.fixture(scope="module")
@@ -377,3 +377,13 @@ def test_metrics_and_pictures_are_written_to_a_bucket(monkeypatch):
     assert [row["step"] for row in rows] == [2, 4, 5] and rows[2]["loss"] == 9.0
     pictures.save(where / "samples" / "a.png", np.zeros((4, 4, 3), np.uint8))
     assert (where / "samples" / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_backend_that_counts_no_operations_is_believed():
+    class Lowered:
+        def cost_analysis(self):
+            return None
+
+    assert hardware.step_flops(Lowered()) is None
+    product = jax.jit(lambda a: a @ a).lower(jnp.ones((8, 8)))
+    assert hardware.step_flops(product, 3) == pytest.approx(3 * 2 * 8**3)

@@ -25,7 +25,8 @@ def report(config, mesh, step, key, shapes, shardings, batch, say: Callable[[str
     lowered = step.lower(key, state, batch)
     flops = hardware.step_flops(lowered, config.training.accumulate)
     compiled = lowered.compile()
-    say(f"training: {flops / config.batch_size / 1e9:.3g} GFLOP an image, {flops / 1e9:.4g} a step")
+    if flops:
+        say(f"training: {flops / config.batch_size / 1e9:.3g} GFLOP an image, {flops / 1e9:.4g} a step")
 
     memory, limit = needs(compiled, state), hardware.memory(device)
     for name, size in memory.items():
@@ -41,7 +42,7 @@ def report(config, mesh, step, key, shapes, shardings, batch, say: Callable[[str
     say(f"time: {seconds:.3g} s a step, {config.batch_size / seconds:,.1f} images/s, "
         f"{_duration(total)} for {config.steps:,} steps (without sampling and saving)")  # fmt: skip
     peak = hardware.peak_flops(device)
-    if peak:
+    if peak and flops:
         say(f"MFU: {flops / seconds / (peak * mesh.size):.1%} of {peak / 1e12:g} TFLOP/s a device in bfloat16")
 
 
