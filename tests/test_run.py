@@ -1,18 +1,13 @@
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import gaussian
-from tiny import config
+from tiny import config, noisy
 
 import jaxdiff as jd
-from jaxdiff import experiment, pictures, run
-
-
-def noisy(key, params):
-    """Parameters away from their start, where the last layer is zero and a network says nothing."""
-    keys = iter(jax.random.split(key, len(jax.tree.leaves(params))))
-    return jax.tree.map(lambda a: a + 0.2 * jax.random.normal(next(keys), a.shape), params)
+from jaxdiff import experiment, pictures, run, wrappers
 
 
 @pytest.fixture(scope="module")
@@ -23,29 +18,54 @@ def model():
     return c, built, noisy(jax.random.key(1), params), noisy(jax.random.key(2), params)
 
 
-def test_one_compiled_sampler_serves_steps_seeds_labels_scales_and_parameters(model):
-    c, built, one, two = model
+def test_one_compiled_sampler_serves_every_number_that_a_request_has(model):
+    """Steps, seeds, labels, scales, spacings, parameters, eta and churn: values of one program's arguments."""
+    _, _, one, two = model
+    c = config(**{"sampling.max_steps": 50})
+    built = experiment.build(c)
     run._draw.clear_cache()
+    base = dict(params=one, seed=0, steps=10, label=3, guidance=7.0, eta=0.0, gamma=0.1, times=None)
+    changes = [
+        dict(),
+        dict(steps=20),
+        dict(steps=50),
+        dict(seed=1),
+        dict(label=4),
+        dict(guidance=1.0),
+        dict(guidance=1.0, label=None),
+        dict(eta=1.0),
+        dict(gamma=0.0),
+        dict(gamma=0.3),
+        dict(times="linear(lo=0.01)"),
+        dict(params=two),
+        dict(params=two, seed=1, steps=50, label=4, guidance=1.0, eta=1.0, gamma=0.3, times="linear(lo=0.01)"),
+    ]
     seen = []
-    for params, seed, steps, label, scale, eta, *spacing in [
-        (one, 0, 10, 3, 2.0, 0.0),
-        (one, 0, 20, 3, 2.0, 0.0),
-        (one, 0, 15, 3, 2.0, 0.0),
-        (one, 1, 10, 3, 2.0, 0.0),
-        (one, 0, 10, 4, 2.0, 0.0),
-        (one, 0, 10, 3, 7.0, 0.0),
-        (one, 0, 10, 3, 1.0, 0.0),
-        (one, 0, 10, None, 1.0, 0.0),
-        (one, 0, 10, 3, 2.0, 1.0),
-        (two, 0, 10, 3, 2.0, 0.0),
-        (one, 0, 10, 3, 2.0, 0.0, "linear(lo=0.01)"),
-    ]:
-        solver = f"ddim(eta={eta})"
-        seen.append(run.of(c, built, params).generate(jax.random.key(seed), 4, steps, solver, label, scale, *spacing))
+    for change in changes:
+        asked = {**base, **change}
+        params, seed, eta, gamma = (asked.pop(name) for name in ("params", "seed", "eta", "gamma"))
+
+        def churned(denoise, eta=eta, gamma=gamma):
+            return wrappers.churn(jd.solvers.ddim(denoise, eta), gamma)
+
+        seen.append(run.of(c, built, params).generate(jax.random.key(seed), 4, solver=churned, **asked))
     assert run._draw._cache_size() == 1
     for i, a in enumerate(seen):  # each value matters: no two results are the same
         assert a.shape == (4, 8, 8, 1) and a.dtype == np.uint8
         assert not any((a == b).all() for b in seen[:i])
+
+
+def test_a_sample_and_its_noise_are_the_same_in_a_batch_of_1_3_and_64():
+    params = draws.parameters()
+    noise = {n: draws.noise(params, n) for n in (1, 3, 64)}
+    assert abs(noise[64].std() / np.sqrt(64 + 16 + 4 + 1) - 1) < 0.05  # the start's and three steps', all of it
+    for n in (1, 3):
+        np.testing.assert_array_equal(noise[n], noise[64][:n])
+    for solver in ("ddim", "ddpm"):
+        drawn = {n: draws.images(params, solver, n) for n in (1, 3, 64)}
+        assert drawn[64].dtype == np.float32 and drawn[64].std() > 0.2 and len(np.unique(drawn[64][:, 0, 0, 0])) > 20
+        for n in (1, 3):
+            np.testing.assert_allclose(drawn[n], drawn[64][:n], atol=1e-4, rtol=0)
 
 
 def test_a_sample_does_not_depend_on_what_is_drawn_with_it(model):
