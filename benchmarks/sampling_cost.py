@@ -1,16 +1,16 @@
-"""What a whole sampler costs beside the bare network:  python benchmarks/sampling_cost.py [--batch=4] [--steps=5] [--dtype=bfloat16]
+"""What a whole sampler costs beside the bare network:  python benchmarks/sampling_cost.py [--batch=4] [--steps=5] [--dtype=float32]
 
-The network is that of configs/cifar.py, 35,746,307 parameters, untrained: no figure here depends on its values. The sampler is the one that
-`run.generate` calls, with its grid padded to 1000 levels. Three tables:
+The network is that of configs/cifar.py, 35,746,307 parameters, untrained: no figure here depends on its values. The sampler is
+what `run.generate` calls, its grid padded to 1000 levels. Three tables:
 
-- What the compiler counts in the optimised program (`cost_analysis`). XLA counts a loop's body once, however often it runs, and of a
-  condition the dearer branch; that is checked here with samplers of 10 and of 1000 levels. A whole sampler then holds two evaluations,
-  the loop's and the last, and is compared with two bare calls. A step of a solver is also compiled alone, and compared with one.
-- What memory the compiler plans (`memory_analysis`): temporaries and results at 10 and at 1000 levels, of the sampler and of one that
-  returns the x0 predicted at every level.
-- Time: --steps steps and the last evaluation against as many bare jitted calls, taking turns --repeats times, first one then the other.
-  The ratio is that of the medians, the range that of the turns: of the bare calls' own times to their median, which is the noise, and
-  of the others to the bare calls of the same turn. The grid cut to its true length tells what padding costs.
+- What the compiler counts in the optimised program (`cost_analysis`). XLA counts a loop's body once, however often it runs, and of
+  a condition the dearer branch; samplers of 10 and of 1000 levels check that. A whole sampler then holds two evaluations, the
+  loop's and the last, and is compared with two bare calls. A step of a solver is also compiled alone, and compared with one.
+- What memory the compiler plans (`memory_analysis`): temporaries and results at 10 and at 1000 levels, of the sampler and of one
+  that returns the x0 predicted at every level.
+- Time: --steps steps and the last evaluation against as many bare jitted calls, taking turns --repeats times. The ratio is that
+  of the medians, the range that of the turns: of the bare calls' own times to their median, which is the noise, and of the others
+  to the bare calls of the same turn. The grid cut to its true length tells what padding costs.
 """
 
 import argparse
@@ -105,7 +105,8 @@ def print_counts(made: Sampler, net, whole) -> None:
 def print_memory(made: Sampler, net, whole) -> None:
     net = memory(net)
     told = {n: compiled(made.with_predictions, *made.arguments(made.padded(n))) for n in (10, 1000)}
-    print("\n| compiler's memory, MB | temporaries, 10 levels | 1000 levels | results, 10 levels | 1000 levels |\n|---|---|---|---|---|")
+    print("\n| compiler's memory, MB | temporaries, 10 levels | 1000 levels | results, 10 levels | 1000 levels |")
+    print("|---|---|---|---|---|")
     print(f"| one bare call | {net[0] / 1e6:.2f} | | {net[1] / 1e6:.2f} | |")
     for name, programs in {"the sampler": whole, "one that returns its predictions": told}.items():
         short, long = (memory(programs[n]) / 1e6 for n in (10, 1000))
