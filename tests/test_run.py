@@ -68,6 +68,34 @@ def test_a_sample_and_its_noise_are_the_same_in_a_batch_of_1_3_and_64():
             np.testing.assert_allclose(drawn[n], drawn[64][:n], atol=1e-4, rtol=0)
 
 
+def test_a_sampler_computes_what_its_network_computes_and_keeps_no_trajectory():
+    """By the compiler's counts, two evaluations: the loop's body, once, and the last. See benchmarks/sampling_cost.py."""
+    c = config(**{"model.classes": 0, "process.drop_label": 0.0, "model.channels": 32, "sampling.max_steps": 1000})
+    built = experiment.build(c)
+    params = jax.eval_shape(built.init, jax.random.key(0))
+    keys, levels, shape = jax.random.split(jax.random.key(0), 16), run.grid(c, built, None, 9), (16, 8, 8, 1)
+
+    def compiled(f, *arguments):
+        program = jax.jit(f).lower(params, *arguments).compile()
+        cost, memory = program.cost_analysis(), program.memory_analysis()
+        return cost["flops"], cost["bytes accessed"], memory.temp_size_in_bytes + memory.output_size_in_bytes
+
+    def draw(params, levels):
+        solver = jd.solvers.ddpm(run.denoiser_of(c, built, params, None, 1.0))
+        return run.draw_samples(keys, solver, levels, 1.0, None, shape, None)
+
+    def net(params, x, logsnr):
+        return built.net(params, None)(x, logsnr)[0]
+
+    flops, moved, _ = compiled(net, jnp.zeros(shape), jnp.zeros(()))
+    short, long = (compiled(draw, jax.tree.map(lambda a, n=n: a[:n], levels)) for n in (10, 1000))
+    assert short[0] == long[0]  # the body is counted once, however long the loop
+    assert 2 * flops <= long[0] < 1.02 * 2 * flops
+    assert 2 * moved <= long[1] < 1.02 * 2 * moved
+    # A kept trajectory would be this much; the levels themselves are a few numbers each.
+    assert long[2] - short[2] < 0.01 * 990 * np.prod(shape) * 4
+
+
 def test_a_sample_does_not_depend_on_what_is_drawn_with_it(model):
     c, built, params, _ = model
     r = run.of(c, built, params)
