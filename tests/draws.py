@@ -18,23 +18,28 @@ from jaxdiff.level import Level, Prediction
 SOLVERS = ("ddim", "ddpm", "churned")
 
 
-def images(params, solver: str, n: int) -> np.ndarray:
-    """The first n encoded images of key 5, float32 [n, 8, 8, 1], as `run.generate` draws them: ten labels, 6 steps."""
+def images(params, solver: str, n: int, first: int = 0) -> np.ndarray:
+    """Encoded images of 64, n from the `first` on, float32 [n, 8, 8, 1], as `run.generate` draws them: ten labels, 6 steps."""
     c = config(**{"process.drop_label": 0.0})
     built = experiment.build(c)
-    asked = run.request(c, built, params, jax.random.key(5), n, 6, solver, np.arange(n) % 10)
+    rows = np.arange(first, first + n)
+    asked = run.request(c, built, params, keys(rows), n, 6, solver, rows % 10)
     made = asked.make(run.denoiser_of(c, built, params, asked.labels, asked.guidance), np.arange(n))
     return meshes.fetch(draw(params, asked.keys, made, asked.levels, (n, *built.shape)))
 
 
-def noise(params, n: int) -> np.ndarray:
-    """All noise of the first n samples of key 5, float32 [n, 8, 8, 1]: that of the start and of three steps, added with weights.
+def noise(params, n: int, first: int = 0) -> np.ndarray:
+    """All noise of the same samples, float32 [n, 8, 8, 1]: that of the start and of three steps, added with weights.
 
     A denoiser that says x0 = x adds, with all of sigma for the deviation, each step's noise to x and takes nothing off.
     """
-    keys = run.sampling.sample_keys(jax.random.key(5), n)
     levels = Level(np.ones(4, np.float32), np.float32([8, 4, 2, 1]))
-    return meshes.fetch(draw(params, keys, solvers.consistency(Partial(_everything_is_data)), levels, (n, 8, 8, 1)))
+    solver = solvers.consistency(Partial(_everything_is_data))
+    return meshes.fetch(draw(params, keys(np.arange(first, first + n)), solver, levels, (n, 8, 8, 1)))
+
+
+def keys(rows):
+    return run.sampling.sample_keys(jax.random.key(5), 64)[rows]
 
 
 def _everything_is_data(x, level):
