@@ -7,8 +7,7 @@ import numpy as np
 import oracles
 import pytest
 from test_configs import load
-from test_run import noisy
-from tiny import config
+from tiny import config, noisy
 
 import jaxdiff as jd
 from jaxdiff import data, evaluation, experiment, likelihood

@@ -5,8 +5,7 @@ import zipfile
 import jax
 import numpy as np
 import pytest
-from test_run import noisy
-from tiny import config
+from tiny import config, noisy
 
 import jaxdiff as jd
 from jaxdiff import experiment, run

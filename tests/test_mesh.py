@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import draws
 import jax
 import numpy as np
 import pytest
@@ -18,10 +19,14 @@ HERE = Path(__file__).parent
 
 
 def start(shape, devices, *processes):
+    return started(devices, "meshes.py", json.dumps(shape), *processes)
+
+
+def started(devices, script, *arguments):
     env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
     env["NPROC"] = "16"  # XLA's threads: a collective blocks one a device, and with as few threads as cores others starve
     env["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE), env.get("PYTHONPATH", "")])
-    args = [sys.executable, str(HERE / "meshes.py"), json.dumps(shape), *map(str, processes)]
+    args = [sys.executable, str(HERE / script), *map(str, arguments)]
     return subprocess.Popen(args, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -64,6 +69,20 @@ def test_two_processes_of_two_devices_are_one_process_of_four(alone, tmp_path):
     [one] = results(start((2, 2), 4))
     same(first, one)
     assert first["bytes"] == one["bytes"]
+
+
+@pytest.mark.slow
+def test_a_sample_and_its_noise_are_the_same_on_one_device_and_on_eight(tmp_path):
+    process, params = started(8, "draws.py", tmp_path / "drawn.npz"), draws.parameters()
+    here = {"noise": draws.noise(params, 64)} | {solver: draws.images(params, solver, 64) for solver in draws.SOLVERS}
+    _, said = process.communicate(timeout=500)
+    assert process.returncode == 0, said[-3000:]
+    there = np.load(tmp_path / "drawn.npz")
+    assert there["devices"] == 8 and jax.device_count() == 1
+    np.testing.assert_array_equal(there["noise"], here.pop("noise"))
+    for solver, images in here.items():
+        assert images.std() > 0.2
+        np.testing.assert_allclose(there[solver], images, atol=1e-4, rtol=0, err_msg=solver)
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (-1, -1), (0, 1), (1,), (-1, 3)])

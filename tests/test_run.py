@@ -1,18 +1,13 @@
+import draws
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import gaussian
-from tiny import config
+from tiny import config, noisy
 
 import jaxdiff as jd
-from jaxdiff import experiment, pictures, run
-
-
-def noisy(key, params):
-    """Parameters away from their start, where the last layer is zero and a network says nothing."""
-    keys = iter(jax.random.split(key, len(jax.tree.leaves(params))))
-    return jax.tree.map(lambda a: a + 0.2 * jax.random.normal(next(keys), a.shape), params)
+from jaxdiff import experiment, pictures, run, wrappers
 
 
 @pytest.fixture(scope="module")
@@ -23,29 +18,86 @@ def model():
     return c, built, noisy(jax.random.key(1), params), noisy(jax.random.key(2), params)
 
 
-def test_one_compiled_sampler_serves_steps_seeds_labels_scales_and_parameters(model):
-    c, built, one, two = model
+def test_one_compiled_sampler_serves_every_number_that_a_request_has(model):
+    """Steps, seeds, labels, scales, spacings, parameters, eta and churn: values of one program's arguments."""
+    _, _, one, two = model
+    c = config(**{"sampling.max_steps": 50})
+    built = experiment.build(c)
     run._draw.clear_cache()
+    base = dict(params=one, seed=0, steps=10, label=3, guidance=7.0, eta=0.0, gamma=0.1, times=None)
+    changes = [
+        dict(),
+        dict(steps=20),
+        dict(steps=50),
+        dict(seed=1),
+        dict(label=4),
+        dict(guidance=1.0),
+        dict(guidance=1.0, label=None),
+        dict(eta=1.0),
+        dict(gamma=0.0),
+        dict(gamma=0.3),
+        dict(times="linear(lo=0.01)"),
+        dict(params=two),
+        dict(params=two, seed=1, steps=50, label=4, guidance=1.0, eta=1.0, gamma=0.3, times="linear(lo=0.01)"),
+    ]
     seen = []
-    for params, seed, steps, label, scale, eta, *spacing in [
-        (one, 0, 10, 3, 2.0, 0.0),
-        (one, 0, 20, 3, 2.0, 0.0),
-        (one, 0, 15, 3, 2.0, 0.0),
-        (one, 1, 10, 3, 2.0, 0.0),
-        (one, 0, 10, 4, 2.0, 0.0),
-        (one, 0, 10, 3, 7.0, 0.0),
-        (one, 0, 10, 3, 1.0, 0.0),
-        (one, 0, 10, None, 1.0, 0.0),
-        (one, 0, 10, 3, 2.0, 1.0),
-        (two, 0, 10, 3, 2.0, 0.0),
-        (one, 0, 10, 3, 2.0, 0.0, "linear(lo=0.01)"),
-    ]:
-        solver = f"ddim(eta={eta})"
-        seen.append(run.of(c, built, params).generate(jax.random.key(seed), 4, steps, solver, label, scale, *spacing))
+    for change in changes:
+        asked = {**base, **change}
+        params, seed, eta, gamma = (asked.pop(name) for name in ("params", "seed", "eta", "gamma"))
+
+        def churned(denoise, eta=eta, gamma=gamma):
+            return wrappers.churn(jd.solvers.ddim(denoise, eta), gamma)
+
+        seen.append(run.of(c, built, params).generate(jax.random.key(seed), 4, solver=churned, **asked))
     assert run._draw._cache_size() == 1
     for i, a in enumerate(seen):  # each value matters: no two results are the same
         assert a.shape == (4, 8, 8, 1) and a.dtype == np.uint8
         assert not any((a == b).all() for b in seen[:i])
+
+
+def test_a_samples_noise_is_the_same_in_a_batch_of_1_3_and_64():
+    params = draws.parameters()
+    full = draws.noise(params, 64)
+    assert abs(full.std() / np.sqrt(64 + 16 + 4 + 1) - 1) < 0.05  # the start's and three steps', all of it
+    for n, first in ((1, 40), (3, 7)):  # not the batch's first: one key for all would have those right too
+        np.testing.assert_array_equal(draws.noise(params, n, first), full[first : first + n])
+
+
+@pytest.mark.parametrize("solver", ["ddpm", pytest.param("ddim", marks=pytest.mark.slow)])
+def test_a_sample_is_the_same_in_a_batch_of_1_3_and_64(solver):
+    params = draws.parameters()
+    full = draws.images(params, solver, 64)
+    assert full.dtype == np.float32 and full.std() > 0.2 and len(np.unique(full[:, 0, 0, 0])) > 20
+    for n, first in ((1, 40), (3, 7)):
+        np.testing.assert_allclose(draws.images(params, solver, n, first), full[first : first + n], atol=1e-4, rtol=0)
+
+
+def test_a_sampler_computes_what_its_network_computes_and_keeps_no_trajectory():
+    """By the compiler's counts, two evaluations: the loop's body, once, and the last. See benchmarks/sampling_cost.py."""
+    c = config(**{"model.classes": 0, "process.drop_label": 0.0, "model.channels": 32, "sampling.max_steps": 1000})
+    built = experiment.build(c)
+    params = jax.eval_shape(built.init, jax.random.key(0))
+    keys, levels, shape = jax.random.split(jax.random.key(0), 16), run.grid(c, built, None, 9), (16, 8, 8, 1)
+
+    def compiled(f, *arguments):
+        program = jax.jit(f).lower(params, *arguments).compile()
+        cost, memory = program.cost_analysis(), program.memory_analysis()
+        return cost["flops"], cost["bytes accessed"], memory.temp_size_in_bytes + memory.output_size_in_bytes
+
+    def draw(params, levels):
+        solver = jd.solvers.ddpm(run.denoiser_of(c, built, params, None, 1.0))
+        return run.draw_samples(keys, solver, levels, 1.0, None, shape, None)
+
+    def net(params, x, logsnr):
+        return built.net(params, None)(x, logsnr)[0]
+
+    flops, moved, _ = compiled(net, jnp.zeros(shape), jnp.zeros(()))
+    short, long = (compiled(draw, jax.tree.map(lambda a, n=n: a[:n], levels)) for n in (10, 1000))
+    assert short[0] == long[0]  # the body is counted once, however long the loop
+    assert 2 * flops <= long[0] < 1.02 * 2 * flops
+    assert 2 * moved <= long[1] < 1.02 * 2 * moved
+    # A kept trajectory would be this much; the levels themselves are a few numbers each.
+    assert long[2] - short[2] < 0.01 * 990 * np.prod(shape) * 4
 
 
 def test_a_sample_does_not_depend_on_what_is_drawn_with_it(model):

@@ -360,6 +360,8 @@ def test_averages_under_an_exponential_are_the_phi_functions(x64):
 
 STOCHASTIC = {  # a solver, the levels that make its bias small, and how near its deviation then is
     "ddpm": (solvers.ddpm, 400, 0.02),
+    "ddpm_large": (solvers.ddpm_large, 400, 0.02),
+    "ddpm_learned": (lambda d: solvers.ddpm_learned(lambda x, t: d(x, t)._replace(aux=0.5)), 400, 0.02),
     "ddim, eta": (lambda d: solvers.ddim(d, 0.5), 400, 0.02),
     "euler_ancestral": (solvers.euler_ancestral, 400, 0.02),
     "dpm2_ancestral": (solvers.dpm2_ancestral, 400, 0.02),
@@ -388,6 +390,87 @@ def test_stochastic_solvers_have_the_datas_mean_and_covariance(name):
     # A variance of 10,000 samples is known to 1.4%.
     np.testing.assert_allclose(np.diag(covariance), var[0], rtol=2 * tolerance + 0.03)
     assert abs(covariance[0, 1]) < 0.04
+
+
+def key_itself(key, shape, dtype):
+    """For a solver's `noise`: the number that stands where a key should, so that keys of 0 and 1 say which row has noise."""
+    return jnp.full(shape, key, dtype)
+
+
+def distribution(solver, levels, mean, var):
+    """(mean, variance) [1, D] of what a solver of one draw a step makes of Gaussian data, begun exactly, at the last level: exact.
+
+    All is affine in the start and in each step's noise. The rows begin at the mean, one deviation above it, and one a step at the
+    mean with noise of 1 in that step alone: how far a row ends from the first is its source's part of the deviation.
+    """
+    n = levels.alpha.size - 1
+    first, before, after = (jax.tree.map(lambda a, cut=cut: a[cut], levels) for cut in (0, slice(None, -1), slice(1, None)))
+    start = jnp.tile(first.alpha * mean, (n + 2, 1)).at[1].add(jnp.sqrt(first.alpha**2 * var + first.sigma**2)[0])
+
+    def move(state, inputs):
+        noisy, t, s = inputs
+        return solver.step(noisy, state, t, s)[0], None
+
+    state, _ = jax.lax.scan(move, solver.init(start), (jnp.eye(n, n + 2, 2), before, after))
+    return state.x[:1], jnp.square(state.x[1:] - state.x[:1]).sum(0, keepdims=True)
+
+
+def bias(make, curve, n):
+    """How far the deviation after n steps is from the noisy data's, as a share of it, [1, 3]; the mean must be right by itself."""
+    mean, var = np.asarray([[0.5, -1.0, 0.2]]), np.asarray([[0.01, 0.3, 2.0]])
+    schedule, grid = CURVES[curve]
+    levels = schedule(jnp.asarray(grid(n)))
+    got, variance = jax.jit(lambda: distribution(make(levels, mean, var), levels, mean, var))()
+    np.testing.assert_allclose(got, levels.alpha[-1] * mean, atol=1e-9)
+    return np.sqrt(np.asarray(variance / (levels.alpha[-1] ** 2 * var + levels.sigma[-1] ** 2))) - 1
+
+
+def saying(aux):
+    """A Gaussian's denoiser that also says `aux` of its variance, -1 the small one and 1 the large."""
+    return lambda levels, mean, var: lambda x, t: gaussian(mean, var)(x, t)._replace(aux=aux(levels, var, t))
+
+
+def best(levels, var, t):
+    """The aux that a network learns of Gaussian data on this grid: of the variance of q(x_s | x_t), x0 unknown."""
+    s = jax.tree.map(lambda a: a[jnp.argmin(jnp.abs(levels.sigma - t.sigma)) + 1], levels)
+    small, large = posterior_std(t, s), beta_std(t, s)
+    of_x0 = s.alpha - jnp.sqrt(s.sigma**2 - small**2) * t.alpha / t.sigma
+    unknown = var * t.sigma**2 / (t.alpha**2 * var + t.sigma**2)
+    return 2 * jnp.log(jnp.sqrt(small**2 + of_x0**2 * unknown) / small) / jnp.log(large / small) - 1
+
+
+def plain(levels, mean, var):
+    return gaussian(mean, var)
+
+
+ONE_DRAW_A_STEP = {  # a solver and the denoiser it is shown
+    "ddpm": (solvers.ddpm, plain),
+    "ddpm_large": (solvers.ddpm_large, plain),
+    # Halfway the two deviations' biases all but cancel, and what is left is of second order.
+    "ddpm_learned, nearer the large": (solvers.ddpm_learned, saying(lambda levels, var, t: 0.5)),
+    "ddim(eta=0.5)": (lambda d, noise: solvers.ddim(d, 0.5, noise), plain),
+    "euler_ancestral": (lambda d, noise: solvers.euler_ancestral(d, noise=noise), plain),
+    "euler_maruyama": (lambda d, noise: solvers.euler_maruyama(d, noise=noise), plain),
+}
+
+
+@pytest.mark.parametrize("curve", ["cosine", "edm"])
+@pytest.mark.parametrize("name", ONE_DRAW_A_STEP)
+def test_the_bias_of_the_deviation_halves_as_the_steps_double(name, curve, x64):
+    make, denoise = ONE_DRAW_A_STEP[name]
+    few, many = (bias(lambda *data: make(denoise(*data), noise=key_itself), curve, n) for n in (400, 800))
+    assert (np.abs(many) < 0.01).all()
+    np.testing.assert_allclose(few / many, 2, atol=0.1)
+
+
+@pytest.mark.parametrize("n", [3, 20])
+def test_ddpm_with_the_variance_a_network_would_learn_is_exact_in_any_number_of_steps(n, x64):
+    """The reverse step of Gaussian data is a Gaussian: with its own mean and variance nothing is lost."""
+    for curve in ("cosine", "edm"):
+        learned = bias(lambda *data: solvers.ddpm_learned(saying(best)(*data), key_itself), curve, n)
+        np.testing.assert_allclose(learned, 0, atol=1e-9)
+        small = bias(lambda *data: solvers.ddpm(plain(*data), noise=key_itself), curve, n)
+        assert (np.abs(small) > 1e-3).all()
 
 
 def test_a_wrapped_solver_forgets_what_it_remembered():

@@ -1,5 +1,6 @@
-"""A config small enough for tests: the digits with a network of a few thousand parameters."""
+"""A config small enough for tests: the digits with a network of a few thousand parameters; and parameters that say something."""
 
+import jax
 from ml_collections import ConfigDict
 
 from jaxdiff import experiment
@@ -76,3 +77,9 @@ def classifier(**changes) -> ConfigDict:
     for key, value in changes.items():
         c.update_from_flattened_dict({key: value})
     return c
+
+
+def noisy(key, params):
+    """Parameters away from their start, where the last layer is zero and a network says nothing."""
+    keys = iter(jax.random.split(key, len(jax.tree.leaves(params))))
+    return jax.tree.map(lambda a: a + 0.2 * jax.random.normal(next(keys), a.shape), params)
