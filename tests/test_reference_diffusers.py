@@ -115,7 +115,7 @@ def test_dpmpp_2m(kind):
     eta = 1.0 if kind.startswith("sde") else 0.0
     got = ours(lambda d, noise: solvers.dpmpp_2m(d, eta, noise), rows, start(), drawn(20))
     want = theirs(scheduler, start())
-    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_solve_gives_what_their_loop_gives():
