@@ -1,5 +1,7 @@
 """Draws from a trained model:  python sample.py --workdir=DIR [--num --steps --solver --guidance --label --seed --out]
 
+With --classifier=DIR a classifier that train.py trained pushes towards the label too; --guidance=0 leaves the label to it alone.
+
 A PNG grid, or with --out=FILE.npz the arrays `images` (uint8 [N, H, W, C]) and, for a model with classes, `labels`; a request of
 many images that is stopped goes on where it was. --trajectory=FILE.gif shows how the images come about. --image=FILE edits a
 picture: with --mask=FILE the mask's white part is drawn anew, with --strength below 1 the whole picture is, from that much noise.
@@ -23,6 +25,8 @@ flags.DEFINE_integer("steps", None, "Sampling steps (default: the config's).")
 flags.DEFINE_string("solver", None, "Such as ddim, unipc or 'ddim(eta=1.0)', see docs/solvers.md (default: the config's).")
 flags.DEFINE_string("times", None, "The grid, such as uniform or 'linear(lo=0.001)' (default: the config's).")
 flags.DEFINE_float("guidance", None, "Classifier-free guidance; 1 is none (default: the config's).")
+flags.DEFINE_string("classifier", None, "The workdir of a classifier, to guide by it; an unconditional model's label is its.")
+flags.DEFINE_float("classifier_scale", 1.0, "With --classifier: how strongly it pushes; 0 is not at all.")
 flags.DEFINE_integer("label", None, "The class, -1 for none (default: each class in turn).")
 flags.DEFINE_integer("seed", 0, "Of the random numbers.")
 flags.DEFINE_integer("step", None, "The checkpoint kept at this training step (default: the newest).")
@@ -44,16 +48,22 @@ def main() -> None:
         raise jd.InputError("--mask, --strength and --resample edit a picture; give it with --image=FILE")
     if FLAGS.image is not None and FLAGS.mask is None and FLAGS.strength == 1:
         raise jd.InputError("--image needs --mask=FILE, or --strength below 1: else nothing of it would be left")
+    if FLAGS.classifier is None and FLAGS["classifier_scale"].present:
+        raise jd.InputError("--classifier_scale is of a classifier; give its workdir with --classifier=DIR")
     run = jd.load(FLAGS.workdir, FLAGS.ema, FLAGS.step)
     for path in filter(None, (out, film)):
         if "://" not in str(path) and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
             raise jd.InputError(f"{path}: the folder {path.parent} is not there or cannot be written")
     names = ("steps", "solver", "times", "guidance", "label")
     settings = {name: FLAGS[name].value for name in names if FLAGS[name].value is not None}
+    if FLAGS.classifier is not None:
+        settings |= {"classifier": jd.load_classifier(FLAGS.classifier), "classifier_scale": FLAGS.classifier_scale}
     num = run.config.sampling.num if FLAGS.num is None else FLAGS.num
     key = jax.random.key(FLAGS.seed)
-    print(f"drawing {num} images at step {run.step} (the first call compiles) ...", flush=True)
     labels, columns, settings = runs.chosen(run, num, **settings)
+    # What is wrong with a request is told now, before a part of it is kept and stands in the way of the next.
+    runs.request(run.config, jd.experiment.build(run.config), run.params, key, num, label=labels, **settings).make(np.arange(1))
+    print(f"drawing {num} images at step {run.step} (the first call compiles) ...", flush=True)
     if FLAGS.image is not None:
         images = edited(run, key, num, settings | {"label": labels})
     elif out.suffix == ".npz" and num > run.config.sampling.batch_size:
@@ -87,7 +97,10 @@ def target(path, flag: str, suffixes: tuple[str, ...]):
 def kept(run, key, num: int, labels, settings: dict, out) -> np.ndarray:
     """Many images, in parts that are kept beside `out` until it is written."""
     keys = jd.sample_keys(key, num)
-    asked = settings | {
+    guides = {"classifier": shards.digest(settings["classifier"].params)} if "classifier" in settings else {}
+    asked = {
+        **settings,
+        **guides,
         "seed": FLAGS.seed,
         "labels": None if labels is None else labels.tolist(),
         "model": shards.digest(run.params),

@@ -106,9 +106,11 @@ def projected(
     """Adaptive projected guidance: cond.x0 + (scale - 1) * d, d the difference to uncond.x0 with less of what is along cond.x0.
 
     The difference is shortened to norm `radius` at most, each sample by itself; its part along cond.x0, which over-saturates, is
-    weighted by `parallel` (their eta). parallel = 1, radius = inf is `classifier_free`; `scale` and `aux` are as there. Their
-    reverse momentum is left out: it needs a state between steps, and a denoiser has none. sigma must be positive. Raises
-    ValueError for a negative radius. Source: Sadat et al. 2025, arXiv 2410.02416, algorithm 1 without its momentum buffer.
+    weighted by `parallel` (their eta). parallel = 1, radius = inf is `classifier_free`; `scale` and `aux` are as there. This is
+    their method at momentum 0, not at the negative momentum of their experiments (-0.75 or -0.5): that is a running sum of the
+    differences of all evaluations so far, and a denoiser has no state (docs/guidance_and_editing.md says why none was added).
+    sigma must be positive. Raises ValueError for a negative radius. Source: Sadat et al. 2025, arXiv 2410.02416, algorithm 1
+    without its momentum buffer.
     """
     radius = _number("radius", radius, "a number of at least 0", lambda v: v >= 0)
     return Partial(_projected, partial(cond), partial(uncond), _scale(scale), _number("parallel", parallel), radius)

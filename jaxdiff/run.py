@@ -33,11 +33,13 @@ Array = jax.Array
 class Run(NamedTuple):
     """A trained model.
 
-    `denoiser(label=None, guidance=1.) -> Denoiser`, label an int or [n]; `generate(key, n, steps=50, solver="ddim", label=None,
-    guidance=1., times=None) -> uint8 [n, H, W, C]`. A label of None or -1 is none; `solver` is a name, or a function of a denoiser;
-    `times` is a name of `jaxdiff.times`, or None for the config's. `trajectory(key, n, frames=10, ...) -> Trajectory` and
-    `edit(key, image, mask=None, strength=1., resample=1, ...) -> uint8 [n, H, W, C]` take the same. `params` is the average that
-    config.sampling.ema names, `shape` one image's (H, W, C), `step` the training step it is from.
+    `denoiser(label=None, guidance=1., classifier=None, classifier_scale=1.) -> Denoiser`, label an int or [n]; `generate(key, n,
+    steps=50, solver="ddim", label=None, guidance=1., times=None, classifier=None, classifier_scale=1.) -> uint8 [n, H, W, C]`. A
+    label of None or -1 is none; `solver` is a name, or a function of a denoiser; `times` is a name of `jaxdiff.times`, or None for
+    the config's; a `Classifier` pushes towards the label too, or alone where the model is unconditional or guidance is 0.
+    `trajectory(key, n, frames=10, ...) -> Trajectory` and `edit(key, image, mask=None, strength=1., resample=1, ...) -> uint8
+    [n, H, W, C]` take the same. `params` is the average that config.sampling.ema names, `shape` one image's (H, W, C), `step` the
+    training step it is from.
     """
 
     config: ConfigDict
@@ -62,13 +64,13 @@ class Trajectory(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What is to be drawn, checked: labels int32 [n] or None, a key a sample, and the solver of a denoiser for some of the rows."""
+    """What is to be drawn, checked: the network's labels int32 [n] or None, a key a sample, and the solver for some of the rows."""
 
     levels: Level
     labels: np.ndarray | None
     guidance: float
     keys: Array
-    make: Callable[[Denoiser, np.ndarray], Solver]
+    make: Callable[[np.ndarray], Solver]
 
 
 class Classifier(NamedTuple):
@@ -137,10 +139,12 @@ def of(config, experiment: Experiment, params: Any, step: int = 0) -> Run:
     """The run of parameters at hand. Runs of one experiment share their compiled samplers. Raises InputError for a classifier's."""
     target_of(experiment)
 
-    def denoise(label: Any = None, guidance: float = 1.0) -> Denoiser:
-        labels = _labels(config, experiment, label)
-        _check_guidance(config, labels, guidance)
-        return denoiser_of(config, experiment, params, labels, guidance)
+    def denoise(
+        label: Any = None, guidance: float = 1.0, classifier: Classifier | None = None, classifier_scale: float = 1.0
+    ) -> Denoiser:
+        labels, pushed = _labels(config, experiment, label, guidance, classifier, classifier_scale)
+        log_prob = None if classifier is None else classifier.log_prob(pushed)
+        return denoiser_of(config, experiment, params, labels, guidance, log_prob, classifier_scale)
 
     def ask(*args: Any, **settings: Any) -> Request:
         return request(config, experiment, params, *args, **settings)
@@ -155,8 +159,7 @@ def of(config, experiment: Experiment, params: Any, step: int = 0) -> Run:
         for first in tqdm(range(0, n, size), desc="sampling", unit="batch", disable=n <= size):
             # The last batch is filled up, so that every batch has one shape and one compiled program.
             rows = np.minimum(np.arange(first, first + size), n - 1)
-            labels = None if wanted.labels is None else wanted.labels[rows]
-            made = wanted.make(denoiser_of(config, experiment, params, labels, wanted.guidance), rows)
+            made = wanted.make(rows)
             shape, x0 = latent_shape(experiment, size), None if start is None else start[rows]
             _tell_of_compiling((jax.tree.structure((made, x0)), shape))
             try:
@@ -173,15 +176,18 @@ def of(config, experiment: Experiment, params: Any, step: int = 0) -> Run:
         label: Any = None,
         guidance: float = 1.0,
         times: str | None = None,
+        classifier: Classifier | None = None,
+        classifier_scale: float = 1.0,
     ) -> np.ndarray:
-        return np.concatenate(list(batches(ask(key, n, steps, solver, label, guidance, times))))
+        wanted = ask(key, n, steps, solver, label, guidance, times, classifier, classifier_scale)
+        return np.concatenate(list(batches(wanted)))
 
     def trajectory(key: Array, n: int, frames: int = 10, **settings: Any) -> Trajectory:
         wanted = ask(key, n, **settings)
         levels = unpadded(wanted.levels)
         if not 2 <= frames <= len(levels.alpha):
             raise InputError(f"frames={frames} is out of range; allowed: 2 to {len(levels.alpha)}, the sampling steps")
-        made = wanted.make(denoiser_of(config, experiment, params, wanted.labels, wanted.guidance), np.arange(n))
+        made = wanted.make(np.arange(n))
         chosen = np.linspace(0, len(levels.alpha) - 2, frames - 1).round().astype(int)
         stacked = _draw_path(wanted.keys, made, levels, experiment.data_std, chosen, shape=latent_shape(experiment, n))
         return Trajectory(*(np.stack([meshes.fetch(experiment.codec.decode(z)) for z in frames]) for frames in stacked))
@@ -196,8 +202,8 @@ def of(config, experiment: Experiment, params: Any, step: int = 0) -> Run:
         levels, make = _levels_to_edit(wanted.levels, strength, resample), wanted.make
         if mask is not None:
 
-            def make(d, rows):
-                return editing.resampling(editing.replacement(wanted.make(d, rows), known[rows], 1 - jnp.asarray(mask[rows])))
+            def make(rows):
+                return editing.resampling(editing.replacement(wanted.make(rows), known[rows], 1 - jnp.asarray(mask[rows])))
 
         return np.concatenate(list(batches(wanted._replace(levels=levels, make=make), known if strength < 1 else None)))
 
@@ -205,36 +211,57 @@ def of(config, experiment: Experiment, params: Any, step: int = 0) -> Run:
 
 
 def request(
-    config, experiment: Experiment, params: Any, key: Array, n: int, steps=50, solver="ddim", label=None, guidance=1.0, times=None
+    config,
+    experiment: Experiment,
+    params: Any,
+    key: Array,
+    n: int,
+    steps=50,
+    solver="ddim",
+    label=None,
+    guidance=1.0,
+    times=None,
+    classifier: Classifier | None = None,
+    classifier_scale: float = 1.0,
 ) -> Request:
-    """What `generate` is asked, checked. Raises InputError for what this model cannot do."""
+    """What `generate` is asked, checked. Raises InputError for what this model, or this classifier with it, cannot do."""
     if n < 1:
         raise InputError(f"{n} images cannot be drawn; ask for at least 1")
     levels = grid(config, experiment, params, steps, times)
-    labels = _labels(config, experiment, label)
-    _check_guidance(config, labels, guidance)
+    labels, pushed = _labels(config, experiment, label, guidance, classifier, classifier_scale)
     if labels is None and experiment.classes:
         labels = np.array(-1, np.int32)  # as an array: no label and any label share one program
-    if labels is not None:
-        labels = np.broadcast_to(labels, (n,)) if labels.ndim == 0 or len(labels) == n else labels
-        if labels.shape != (n,):
-            raise InputError(f"{n} images need one label or {n}, got {labels.shape[0]}")
-    return Request(levels, labels, guidance, sampling.sample_keys(key, n), lambda d, rows: solver_of(solver, "solver", d))
+    labels, pushed = (None if each is None else _one_each(each, n) for each in (labels, pushed))
+
+    def make(rows: np.ndarray) -> Solver:
+        of_rows = None if labels is None else labels[rows]
+        log_prob = None if classifier is None or pushed is None else classifier.log_prob(pushed[rows])
+        denoise = denoiser_of(config, experiment, params, of_rows, guidance, log_prob, classifier_scale)
+        return solver_of(solver, "solver", denoise)
+
+    return Request(levels, labels, guidance, sampling.sample_keys(key, n), make)
 
 
-def _check_guidance(config, labels: np.ndarray | None, guidance: float) -> None:
-    if not np.isfinite(guidance):
-        raise InputError(f"guidance={guidance} is not a finite number")
-    if guidance != 1 and (labels is None or (labels == -1).all()):
-        raise InputError(f"guidance={guidance} needs a label: without one there is nothing to guide towards")
-    if guidance != 1 and not config.process.drop_label:
-        raise InputError(f"guidance={guidance} needs a model trained with process.drop_label above 0")
+def _one_each(labels: np.ndarray, n: int) -> np.ndarray:
+    """The labels [] or [n] as [n]. Raises InputError for another number of them."""
+    if labels.ndim and len(labels) != n:
+        raise InputError(f"{n} images need one label or {n}, got {len(labels)}")
+    return np.broadcast_to(labels, (n,))
 
 
-def denoiser_of(config, experiment: Experiment, params: Any, labels: Any, guidance: float | Array) -> Denoiser:
+def denoiser_of(
+    config,
+    experiment: Experiment,
+    params: Any,
+    labels: Any,
+    guidance: float | Array,
+    log_prob: LogProb | None = None,
+    scale: float | Array = 1.0,
+) -> Denoiser:
     """What sampling asks: the network with labels int32 [] or [n] or None, guided, and clipped where config.sampling.clip says so.
 
-    Nothing is checked, so labels and guidance may be traced.
+    It is guided without a classifier, and where `log_prob` is given with one. Nothing is checked, so labels and scales may be
+    traced.
     """
 
     def of_label(labels):
@@ -247,6 +274,8 @@ def denoiser_of(config, experiment: Experiment, params: Any, labels: Any, guidan
     if experiment.classes and config.process.drop_label:
         # Always, so that all scales are one program; at 1 the second network is not evaluated.
         made = guide.classifier_free(made, of_label(jnp.full_like(labels, -1)), guidance)
+    if log_prob is not None:
+        made = guide.classifier(made, log_prob, scale)
     return guide.clip(made, *codecs.ends(experiment.codec, experiment.shape)) if config.sampling.clip else made
 
 
@@ -254,7 +283,7 @@ def classifier_of(config, experiment: Experiment, params: Any, step: int = 0) ->
     """The classifier of parameters at hand."""
 
     def log_prob(label: Any) -> LogProb:
-        return classifier(experiment.net(params, None), jnp.asarray(_in_range(label, 0, experiment)), experiment.data_std)
+        return classifier(experiment.net(params, None), jnp.asarray(_in_range(label, 0, experiment.classes)), experiment.data_std)
 
     return Classifier(config, params, experiment.shape, experiment.codec, log_prob, step)
 
@@ -399,8 +428,43 @@ def latent_shape(experiment: Experiment, n: int) -> tuple[int, ...]:
     return jax.eval_shape(experiment.codec.encode, jax.random.key(0), image).shape
 
 
-def _labels(config, experiment: Experiment, label: Any) -> np.ndarray | None:
-    """The labels as int32 [] or [n], or None. Raises InputError for one out of range."""
+def _labels(
+    config, experiment: Experiment, label: Any, guidance: float, classifier: Classifier | None, scale: float
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The labels that the network is told and those that the classifier pushes to, int32 [] or [n], or None each.
+
+    Raises InputError for labels out of range, and for guidance that cannot be.
+    """
+    pushed = None if classifier is None else _pushed(experiment, label, classifier, scale)
+    # The label of an unconditional model is the classifier's business alone.
+    labels = _told(config, experiment, None if pushed is not None and not experiment.classes else label)
+    if not np.isfinite(guidance):
+        raise InputError(f"guidance={guidance} is not a finite number")
+    if guidance != 1 and (labels is None or (labels == -1).all()):
+        raise InputError(f"guidance={guidance} needs a label: without one there is nothing to guide towards")
+    if guidance != 1 and not config.process.drop_label:
+        raise InputError(f"guidance={guidance} needs a model trained with process.drop_label above 0")
+    return labels, pushed
+
+
+def _pushed(experiment: Experiment, label: Any, classifier: Classifier, scale: float) -> np.ndarray:
+    classes = classifier.config.model.classes
+    if classifier.shape != experiment.shape:
+        raise InputError(f"the classifier is of images of shape {classifier.shape}, this model draws {experiment.shape}")
+    if experiment.classes not in (0, classes):
+        raise InputError(f"the classifier knows {classes} classes, this model {experiment.classes}")
+    # A codec of pixels is a line through what it makes of black and of white, whatever a config calls it.
+    ends = (codecs.ends(each, experiment.shape) for each in (classifier.codec, experiment.codec))
+    if any((jnp.abs(a - b) > 1e-3).any() for a, b in zip(*ends)):
+        raise InputError(f"the classifier was trained with another data.codec, {classifier.config.data.codec!r}, than this model")
+    if not np.isfinite(scale):
+        raise InputError(f"classifier_scale={scale} is not a finite number")
+    if label is None:
+        raise InputError("a classifier needs a label: without one there is nothing to push towards")
+    return _in_range(label, 0, classes)
+
+
+def _told(config, experiment: Experiment, label: Any) -> np.ndarray | None:
     if label is None:
         if experiment.classes and not config.process.drop_label:
             raise InputError(f"this model knows only labelled images: give a label, 0 to {experiment.classes - 1}")
@@ -408,32 +472,34 @@ def _labels(config, experiment: Experiment, label: Any) -> np.ndarray | None:
     if not experiment.classes:
         raise InputError(f"label={label} was given, but this model is unconditional")
     # Without dropped labels the null one was never trained.
-    return _in_range(label, -1 if config.process.drop_label else 0, experiment)
+    return _in_range(label, -1 if config.process.drop_label else 0, experiment.classes)
 
 
-def _in_range(label: Any, least: int, experiment: Experiment) -> np.ndarray:
+def _in_range(label: Any, least: int, classes: int) -> np.ndarray:
     labels = np.asarray(label)
-    wrong = labels[(labels < least) | (labels >= experiment.classes)]
+    wrong = labels[(labels < least) | (labels >= classes)]
     if not np.issubdtype(labels.dtype, np.integer) or labels.ndim > 1 or wrong.size:
         value = wrong.flat[0] if wrong.size else label
         none = ", or -1 for none" if least < 0 else ""
-        raise InputError(f"label={value} is out of range; allowed: 0 to {experiment.classes - 1}{none}")
+        raise InputError(f"label={value} is out of range; allowed: 0 to {classes - 1}{none}")
     return labels.astype(np.int32)
 
 
 def chosen(run: Run, n: int, label: Any = None, **settings: Any) -> tuple[np.ndarray | None, int | None, dict[str, Any]]:
-    """What n images are drawn with, as config.sampling says where `settings` (steps, solver, guidance, times) do not.
+    """What n images are drawn with, as config.sampling says where `settings` (steps, solver, guidance, times ...) do not.
 
-    (labels [n] or None, columns of a grid or None where a square will do, settings). Without a label, a model with classes
-    draws each in turn, one a column.
+    (labels [n] or None, columns of a grid or None where a square will do, settings). Without a label, a model with classes, its
+    own or those of a classifier among the settings, draws each in turn, one a column.
     """
     sampling, classes = run.config.sampling, run.config.model.classes
+    if classifier := settings.get("classifier"):
+        classes = classes or classifier.config.model.classes
     asked = "guidance" in settings
     settings = {name: sampling[name] for name in ("steps", "solver", "guidance")} | settings
     columns = None
     if label is None and classes:
         label, columns = np.arange(n) % classes, classes if classes <= 20 else None
-    if (label is None or np.all(np.asarray(label) == -1)) and not asked:
+    if (label is None or np.all(np.asarray(label) == -1) or not run.config.model.classes) and not asked:
         # There is nothing to guide towards; a guidance that was asked for is refused.
         settings["guidance"] = 1.0
     if label is not None:

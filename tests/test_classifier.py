@@ -357,6 +357,203 @@ def test_a_workdir_of_the_other_kind_is_refused(c, load, said, tmp_path):
         load(tmp_path)
 
 
+# Drawing with one.
+
+
+def unclipped(**changes):
+    return tiny.config(**{"sampling.clip": False, **changes})
+
+
+@pytest.fixture(scope="module")
+def drawn(model):
+    """A model of labels and one without, of parameters that say something, and a classifier as sharp as trained ones are."""
+    c, built, params, _ = model
+    runs = []
+    for changes in ({}, {"model.classes": 0}):
+        experiment_of = experiment.build(unclipped(**changes))
+        params_of = random_like(jax.eval_shape(experiment_of.init, jax.random.key(0)))
+        runs.append(run.of(unclipped(**changes), experiment_of, params_of))
+    return *runs, run.classifier_of(c, built, params)
+
+
+def test_a_classifier_adds_its_gradient_to_what_the_model_says(drawn):
+    """Of an unconditional model, of a conditional one and of that at guidance 0, which is the unconditional one."""
+    labelled, plain, classify = drawn
+    label, level = np.array([7, 0, 3, 9]), jd.Level(jnp.float32(0.8), jnp.float32(0.6))
+    predicted = jax.jit(lambda denoise, x: denoise(x, level))
+    push = 300 * 0.6 * jax.jit(jax.grad(lambda x: classify.log_prob(label)(x, level).sum()))(X)
+    most = float(jnp.abs(push).max())
+    assert most > 0.1
+    for made, guidance, alone in (
+        (plain, 1.0, plain.denoiser()),
+        (labelled, 1.0, labelled.denoiser(label)),
+        (labelled, 2.5, labelled.denoiser(label, 2.5)),
+        (labelled, 0.0, labelled.denoiser()),
+    ):
+        got, was = predicted(made.denoiser(label, guidance, classify, 300.0), X), predicted(alone, X)
+        close(was.eps - got.eps, push, 1e-3 * most)
+        close(got.x0 - was.x0, 0.6 / 0.8 * push, 1e-3 * most)
+        close(0.8 * got.x0 + 0.6 * got.eps, X, 1e-3)
+
+
+def test_the_classifier_guides_within_the_clipping(drawn):
+    labelled, _, classify = drawn
+    clipped = run.of(tiny.config(), experiment.build(tiny.config()), labelled.params)
+    p = clipped.denoiser(3, 1.0, classify, 1e4)(X, jd.Level(jnp.float32(0.8), jnp.float32(0.6)))
+    assert float(p.x0.max()) == 1 and float(p.x0.min()) == -1
+
+
+def test_one_program_serves_classifiers_labels_and_scales_and_every_row_has_its_own_label(drawn, model):
+    labelled, plain, classify = drawn
+    c, built, _, two = model
+    other = run.classifier_of(c, built, two)
+    key = jax.random.key(0)
+    for made in (labelled, plain):
+        run._draw.clear_cache()
+        seen = [
+            made.generate(key, 4, steps=5, label=label, classifier=of, classifier_scale=scale)
+            for label, scale, of in [
+                (3, 30.0, classify),
+                (4, 30.0, classify),
+                (np.array([1, 2, 0, 4]), 30.0, classify),
+                (3, 60.0, classify),
+                (3, 30.0, other),
+            ]
+        ]
+        assert run._draw._cache_size() == 1
+        for i, a in enumerate(seen):
+            assert not any((a == b).all() for b in seen[:i])
+        # Ten in batches of four, the last filled up: each image is what its key and its label make it.
+        labels = np.arange(10)[::-1]
+        settings = dict(steps=5, classifier=classify, classifier_scale=30.0)
+        many = made.generate(key, 10, label=labels, **settings)
+        keys = jd.sample_keys(key, 10)
+        rows = np.array([1, 3, 6, 9])
+        few = made.generate(keys[rows], 4, label=labels[rows], **settings)
+        wrong = made.generate(keys[rows], 4, label=labels[rows - 1], **settings)
+        assert np.abs(many[rows].astype(int) - few).max() <= 1
+        assert all(np.abs(a.astype(int) - b).max() > 1 for a, b in zip(many[rows], wrong))
+
+
+def test_films_edits_and_showcases_are_guided_too(drawn):
+    _, plain, classify = drawn
+    key, settings = jax.random.key(0), dict(classifier=classify, classifier_scale=30.0)
+    want = plain.generate(key, 4, 3, label=7, **settings)
+    told = plain.trajectory(key, 4, frames=2, steps=3, label=7, **settings)
+    assert np.abs(told.x0[-1].astype(int) - want).max() <= 1
+    image, mask = np.zeros((4, 8, 8, 1), np.uint8), np.ones((8, 8))
+    mask[:4] = 0
+    a, b = (plain.edit(key, image, mask, steps=3, label=label, **settings) for label in (7, 4))
+    assert (a[:, :4] == 0).all() and (b[:, :4] == 0).all() and (a != b).any()
+    # Without a label each class is drawn in turn, and guidance, which a model without classes has not, stays away.
+    images, columns, labels = run.showcase(plain, key, 12, steps=3, **settings)
+    assert columns == 10 and labels.tolist() == [*range(10), 0, 1]
+    close(images, plain.generate(key, 12, 3, "ddim", labels, **settings), 1)
+
+
+@pytest.mark.parametrize(
+    "changes, asked, said",
+    [
+        ({"data.shape": (16, 16, 1)}, {}, "the classifier is of images of shape (16, 16, 1), this model draws (8, 8, 1)"),
+        ({"data.codec": "centred"}, {}, "the classifier was trained with another data.codec, 'centred', than this model"),
+        ({"model.classes": 11}, {}, "the classifier knows 11 classes, this model 10"),
+        ({}, dict(classifier_scale=float("nan")), "classifier_scale=nan is not a finite number"),
+        ({}, dict(classifier_scale=float("inf")), "classifier_scale=inf is not a finite number"),
+        ({}, dict(label=10), "label=10 is out of range; allowed: 0 to 9"),
+        ({}, dict(label=-1), "label=-1 is out of range; allowed: 0 to 9"),
+        ({}, dict(label=[0, 1, 2]), "2 images need one label or 2, got 3"),
+        ({}, dict(label=None), "a classifier needs a label"),
+    ],
+)
+def test_a_classifier_that_does_not_fit_is_one_line_before_anything_is_compiled(drawn, changes, asked, said):
+    c = tiny.classifier(**changes)
+    built = experiment.build(c)
+    classify = run.classifier_of(c, built, jax.eval_shape(built.init, jax.random.key(0)))  # no parameter is touched
+    for made in drawn[:2]:
+        if "model.classes" in changes and not made.config.model.classes:
+            continue
+        with pytest.raises(jd.InputError) as error:
+            made.generate(jax.random.key(0), 2, **{"steps": 3, "label": 3, "classifier": classify, **asked})
+        assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_unconditional_models_label_is_one_of_the_classifiers(drawn):
+    c = tiny.classifier(**{"model.classes": 11})
+    built = experiment.build(c)
+    classify = run.classifier_of(c, built, random_like(jax.eval_shape(built.init, jax.random.key(0))))
+    _, plain, _ = drawn
+    plain.denoiser(10, classifier=classify)
+    with pytest.raises(jd.InputError, match="label=11 is out of range; allowed: 0 to 10"):
+        plain.generate(jax.random.key(0), 1, 2, label=11, classifier=classify)
+    with pytest.raises(jd.InputError, match="label=3 was given, but this model is unconditional"):
+        plain.generate(jax.random.key(0), 1, 2, label=3)
+
+
+def saved(workdir, c):
+    """A workdir with random parameters of a config."""
+    built, optimizer = experiment.build(c), training.make_optimizer(c.optimizer)
+    shapes = jax.eval_shape(lambda key: training.init_state(built, optimizer, c.training.ema, key), jax.random.key(0))
+    with checkpoint.manager(workdir) as checkpoints:
+        checkpoint.save(checkpoints, random_like(shapes), c)
+
+
+@pytest.mark.slow
+def test_sample_draws_with_a_classifier_and_goes_on_with_the_same_one_only(tmp_path):
+    model, classify, other = (tmp_path / name for name in ("model", "classifier", "other"))
+    saved(model, tiny.config(**{"model.classes": 0}))
+    saved(classify, tiny.classifier())
+    saved(other, tiny.classifier(**{"model.channels": 16}))
+    out = tmp_path / "x.npz"
+    command = ["sample.py", f"--workdir={model}", "--num=10", "--steps=3", f"--out={out}"]
+    guided = [*command, f"--classifier={classify}", "--classifier_scale=30"]
+    done = script(*guided)
+    assert done.returncode == 0, done.stderr
+    arrays = np.load(out)
+    want = jd.load(model).generate(
+        jax.random.key(0), 10, 3, label=np.arange(10), classifier=jd.load_classifier(classify), classifier_scale=30.0
+    )
+    close(arrays["images"], want, 1)
+    assert arrays["labels"].tolist() == list(range(10))
+
+    # As if it had been stopped after the first of three parts: that one is not drawn again, and belongs to this classifier alone.
+    parts = tmp_path / "x.npz.parts"
+    parts.mkdir()
+    stopped = script("-c", STOPPED, *guided[1:])
+    assert stopped.returncode == 3 and len(list(parts.glob("part_*.npy"))) == 1, stopped.stderr
+    for flags in (
+        [*command, f"--classifier={other}", "--classifier_scale=30"],
+        [*command, f"--classifier={classify}", "--classifier_scale=29"],
+    ):
+        refused = script(*flags)
+        assert refused.returncode == 2 and "holds part of another request" in refused.stderr, refused.stderr
+    before = next(parts.glob("part_*.npy")).stat().st_mtime_ns
+    assert before and script(*guided).returncode == 0 and not parts.exists()
+    np.testing.assert_array_equal(np.load(out)["images"], arrays["images"])
+
+    for flags, said in (
+        ([*command, f"--classifier={model}"], "holds a UNet, no classifier"),
+        ([*command, "--classifier_scale=2"], "--classifier_scale is of a classifier; give its workdir with --classifier=DIR"),
+        ([*guided, "--label=10"], "label=10 is out of range; allowed: 0 to 9"),
+        ([*command, f"--classifier={classify}", "--classifier_scale=nan"], "classifier_scale=nan is not a finite number"),
+    ):
+        refused = script(*flags)
+        assert refused.returncode == 2 and said in refused.stderr and refused.stderr.count("\n") == 1, (flags, refused.stderr)
+        # Nothing is kept of what was refused, so that it does not stand in the way of the next request.
+        assert not parts.exists()
+
+
+# sample.py, but the process ends once a part has been written.
+STOPPED = """
+import os, sys
+from jaxdiff import shards
+sys.argv[0] = "sample.py"
+write = shards.write
+shards.write = lambda *args: (write(*args), os._exit(3))
+import runpy
+runpy.run_path("sample.py", run_name="__main__")
+"""
+
+
 # The scripts.
 
 FLAGS = [
