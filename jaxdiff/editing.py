@@ -81,7 +81,7 @@ def repaint_levels(levels: Level, jump: int = 10, times: int = 10) -> Level:
     distribution together. 250 levels become 2626, with 2410 evaluations. Raises ValueError unless 1 <= jump < N and times >= 1.
     Source: Lugmayr et al. 2022 (RePaint), section 4.2, in the order of its published schedule: 250 levels, jump 10, times 10.
     """
-    n = _steps(levels)
+    n = true_length(levels)
     if not (1 <= jump < n and times >= 1):
         raise ValueError(f"repaint_levels needs 1 <= jump < {n}, the levels of the grid, and times >= 1, got {jump=}, {times=}")
     left: list[int] = []  # how many levels are below
@@ -277,7 +277,7 @@ def from_strength(levels: Level, strength: float) -> Level:
     """
     if not 0 < strength <= 1:
         raise ValueError(f"strength={strength} is out of range; it is above 0 and at most 1")
-    n = _steps(levels)
+    n = true_length(levels)
     first = n - max(1, round(strength * n))
     return _pick(levels, np.minimum(first + np.arange(len(levels.alpha)), n - 1))
 
@@ -321,7 +321,7 @@ def interpolate(a: Array, b: Array, n: int) -> Array:
 # --- what they share ------------------------------------------------------------------------------------------------------
 
 
-def _steps(levels: Level) -> int:
+def true_length(levels: Level) -> int:
     """How many levels a grid has before the padding."""
     alpha, sigma = (np.asarray(a) for a in levels)
     moves = np.flatnonzero((np.diff(alpha) != 0) | (np.diff(sigma) != 0))

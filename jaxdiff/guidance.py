@@ -13,6 +13,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from jaxdiff import targets
+from jaxdiff.checks import number, ordered
 from jaxdiff.classifier import LogProb
 from jaxdiff.denoiser import Denoiser, partial
 from jaxdiff.level import Level, Prediction, logsnr, with_x0
@@ -60,8 +61,8 @@ def interval(guided: Denoiser, plain: Denoiser, lo: float | Array, hi: float | A
     in (a, b] is a logsnr of -2 log sigma from lo = -2 log b to hi = -2 log a: EDM2-S's (0.28, 2.90] is [-2.13, 2.55] (for data of
     its deviation, 0.5). Raises ValueError for NaN and for lo > hi.
     """
-    ends = [_number(name, end, "a number", lambda v: ~np.isnan(v)) for name, end in (("lo", lo), ("hi", hi))]
-    _ordered(lo, hi)
+    ends = [number(name, end, "a number", lambda v: ~np.isnan(v)) for name, end in (("lo", lo), ("hi", hi))]
+    ordered(lo, hi)
     return Partial(_interval, partial(guided), partial(plain), *ends)
 
 
@@ -86,7 +87,7 @@ def rescale(cond: Denoiser, uncond: Denoiser, scale: Scale, share: float | Array
     network that regresses noise. `scale` and `aux` are as in `classifier_free`. Source: Lin et al. 2024 (Common Diffusion Noise
     Schedules and Sample Steps are Flawed), eqs. 13 to 16 and algorithm 2.
     """
-    return Partial(_rescale, partial(cond), partial(uncond), _scale(scale), _number("share", share), partial(target))
+    return Partial(_rescale, partial(cond), partial(uncond), _scale(scale), number("share", share), partial(target))
 
 
 def _rescale(cond: Denoiser, uncond: Denoiser, scale: Scale, share: Array, target: Target, x: Array, level: Level) -> Prediction:
@@ -112,8 +113,8 @@ def projected(
     sigma must be positive. Raises ValueError for a negative radius. Source: Sadat et al. 2025, arXiv 2410.02416, algorithm 1
     without its momentum buffer.
     """
-    radius = _number("radius", radius, "a number of at least 0", lambda v: v >= 0)
-    return Partial(_projected, partial(cond), partial(uncond), _scale(scale), _number("parallel", parallel), radius)
+    radius = number("radius", radius, "a number of at least 0", lambda v: v >= 0)
+    return Partial(_projected, partial(cond), partial(uncond), _scale(scale), number("parallel", parallel), radius)
 
 
 def _projected(
@@ -136,7 +137,7 @@ def clip(denoise: Denoiser, lo: float | Array, hi: float | Array) -> Denoiser:
     Source: DDPM's own sampler clips x0 to [-1, 1]. Raises ValueError for NaN.
     """
     for name, end in (("lo", lo), ("hi", hi)):
-        _number(name, end, "a number", lambda v: ~np.isnan(v))
+        number(name, end, "a number", lambda v: ~np.isnan(v))
     return Partial(_clip, partial(denoise), lo, hi)
 
 
@@ -154,9 +155,9 @@ def dynamic_clip(
     sigma must be positive. Raises ValueError for a percentile outside [0, 1] and for lo >= hi. Source: Saharia et al. 2022
     (Imagen), section 2.3; the percentile from figure A.10.
     """
-    percentile = _number("percentile", percentile, "between 0 and 1", lambda v: (v >= 0) & (v <= 1))
-    _ordered(lo, hi, strictly=True)
-    return Partial(_dynamic_clip, partial(denoise), percentile, _number("lo", lo), _number("hi", hi))
+    percentile = number("percentile", percentile, "between 0 and 1", lambda v: (v >= 0) & (v <= 1))
+    ordered(lo, hi, strictly=True)
+    return Partial(_dynamic_clip, partial(denoise), percentile, number("lo", lo), number("hi", hi))
 
 
 def _dynamic_clip(denoise: Denoiser, percentile: Array, lo: Array, hi: Array, x: Array, level: Level) -> Prediction:
@@ -202,34 +203,8 @@ def _dot(a: Array, b: Array) -> Array:
 
 
 def _scale(scale: Scale) -> Any:
-    return partial(scale) if callable(scale) else _number("scale", scale)
+    return partial(scale) if callable(scale) else number("scale", scale)
 
 
 def _at(scale: Scale, level: Level) -> Array:
     return scale(level) if callable(scale) else jnp.asarray(scale)
-
-
-def _number(name: str, value: Any, kind: str = "a finite number", fits: Callable[[Any], Any] = np.isfinite) -> Array:
-    """The value as an array. Raises ValueError where it is known, and so not traced, and does not fit."""
-    known = _known(value)
-    wrong = [] if known is None else known[~fits(known)]
-    if len(wrong):
-        raise ValueError(f"{name}={wrong[0]} is not {kind}")
-    return jnp.asarray(value, float)
-
-
-def _ordered(lo: Any, hi: Any, strictly: bool = False) -> None:
-    a, b = _known(lo), _known(hi)
-    if a is None or b is None:
-        return
-    a, b = np.broadcast_arrays(a, b)
-    wrong = ~(a < b if strictly else a <= b)
-    if wrong.any():
-        raise ValueError(f"lo={a[wrong][0]} is {'not below' if strictly else 'above'} hi={b[wrong][0]}")
-
-
-def _known(value: Any) -> np.ndarray | None:
-    try:
-        return np.asarray(value, float)
-    except jax.errors.TracerArrayConversionError:
-        return None

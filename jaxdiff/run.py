@@ -23,8 +23,8 @@ from jaxdiff.denoiser import Denoiser, denoiser
 from jaxdiff.errors import InputError
 from jaxdiff.experiment import Experiment, build, target_of
 from jaxdiff.level import Level, diffuse
-from jaxdiff.names import with_arguments
-from jaxdiff.solvers import Solver
+from jaxdiff.names import parse, whole, with_arguments
+from jaxdiff.solvers import Solver, wrappers
 from jaxdiff.targets import determinant
 
 Array = jax.Array
@@ -110,8 +110,10 @@ def load_classifier(workdir: str | Path, ema: float | str | None = None, step: i
 
 
 def _load(workdir: str | Path, ema: float | str | None, step: int | None) -> tuple[ConfigDict, Experiment, Any, int]:
+    from jaxdiff.cli import enable_compile_cache
     from jaxdiff.training import checkpoint, posthoc  # brings Orbax, which drawing from parameters at hand does not need
 
+    enable_compile_cache()
     step, config, bad = checkpoint.restore_meta(workdir, step)
     for number, problem in bad.items():
         warnings.warn(f"checkpoint of step {number} is damaged ({problem}); using step {step}", stacklevel=3)
@@ -149,8 +151,8 @@ def of(config, experiment: Experiment, params: Any, step: int = 0) -> Run:
     def ask(*args: Any, **settings: Any) -> Request:
         return request(config, experiment, params, *args, **settings)
 
-    def batches(wanted: Request, start: Array | None = None) -> Iterator[np.ndarray]:
-        """The images, batch by batch; `start` [n, ...] are encoded images to begin from, noised, instead of noise."""
+    def batches(wanted: Request, start: Array | None = None, draw: Callable = _draw, **more: Any) -> Iterator[tuple[int, Any]]:
+        """(how many are left, what `draw` makes), batch by batch; `start` [n, ...] are encoded images to begin from, noised."""
         n = len(wanted.keys)
         # Each device draws its share of a batch; a sample depends on its own key alone, so not on how many share the work.
         mesh = _mesh(params)
@@ -161,12 +163,15 @@ def of(config, experiment: Experiment, params: Any, step: int = 0) -> Run:
             rows = np.minimum(np.arange(first, first + size), n - 1)
             made = wanted.make(rows)
             shape, x0 = latent_shape(experiment, size), None if start is None else start[rows]
-            _tell_of_compiling((jax.tree.structure((made, x0)), shape))
+            _tell_of_compiling(draw, (made, x0, more), shape)
             try:
-                z = _draw(wanted.keys[rows], made, wanted.levels, experiment.data_std, x0, shape=shape, mesh=mesh)
-            except ValueError as error:
-                raise InputError(f"this solver cannot draw: {error}") from error
-            yield meshes.fetch(experiment.codec.decode(z))[: n - first]
+                z = draw(wanted.keys[rows], made, wanted.levels, experiment.data_std, x0, **more, shape=shape, mesh=mesh)
+            except (ValueError, TypeError) as error:
+                raise InputError(f"this solver cannot draw: {' '.join(str(error).split())[:300]}") from error
+            yield n - first, z
+
+    def images(wanted: Request, start: Array | None = None) -> np.ndarray:
+        return np.concatenate([meshes.fetch(experiment.codec.decode(z))[:n] for n, z in batches(wanted, start)])
 
     def generate(
         key: Array,
@@ -180,22 +185,25 @@ def of(config, experiment: Experiment, params: Any, step: int = 0) -> Run:
         classifier_scale: float = 1.0,
     ) -> np.ndarray:
         wanted = ask(key, n, steps, solver, label, guidance, times, classifier, classifier_scale)
-        return np.concatenate(list(batches(wanted)))
+        return images(wanted)
 
     def trajectory(key: Array, n: int, frames: int = 10, **settings: Any) -> Trajectory:
         wanted = ask(key, n, **settings)
-        levels = unpadded(wanted.levels)
-        if not 2 <= frames <= len(levels.alpha):
-            raise InputError(f"frames={frames} is out of range; allowed: 2 to {len(levels.alpha)}, the sampling steps")
-        made = wanted.make(np.arange(n))
-        chosen = np.linspace(0, len(levels.alpha) - 2, frames - 1).round().astype(int)
-        stacked = _draw_path(wanted.keys, made, levels, experiment.data_std, chosen, shape=latent_shape(experiment, n))
-        return Trajectory(*(np.stack([meshes.fetch(experiment.codec.decode(z)) for z in frames]) for frames in stacked))
+        steps = editing.true_length(wanted.levels)
+        if not 2 <= frames <= steps:
+            raise InputError(f"frames={frames} is out of range; allowed: 2 to {steps}, the sampling steps")
+        chosen = np.linspace(0, steps - 2, frames - 1).round().astype(int)
+        at = jax.tree.map(lambda a: a[chosen], wanted.levels)
+        parts = [[meshes.fetch(jax.vmap(experiment.codec.decode)(z))[:, :many] for z in path]
+                 for many, path in batches(wanted, draw=_draw_path, at=at)]  # fmt: skip
+        return Trajectory(*(np.concatenate(each, axis=1) for each in zip(*parts)))
 
     def edit(
         key: Array, image: np.ndarray, mask: np.ndarray | None = None, strength: float = 1.0, resample: int = 1, **settings: Any
     ) -> np.ndarray:
         image, mask = _to_edit(experiment, image, mask)
+        if not whole(resample, 1) or (mask is None and resample != 1):
+            raise InputError(f"resample={resample} is out of range; allowed: whole numbers from 1, and with a mask alone above 1")
         wanted = ask(key, len(image), **settings)
         k_encode = jax.vmap(lambda k: jax.random.fold_in(k, 2))(wanted.keys)
         known = jax.vmap(lambda k, i: experiment.codec.encode(k, i[None])[0])(k_encode, jnp.asarray(image))
@@ -205,7 +213,7 @@ def of(config, experiment: Experiment, params: Any, step: int = 0) -> Run:
             def make(rows):
                 return editing.resampling(editing.replacement(wanted.make(rows), known[rows], 1 - jnp.asarray(mask[rows])))
 
-        return np.concatenate(list(batches(wanted._replace(levels=levels, make=make), known if strength < 1 else None)))
+        return images(wanted._replace(levels=levels, make=make), known if strength < 1 else None)
 
     return Run(config, params, experiment.shape, experiment.codec, denoise, generate, step, trajectory, edit)
 
@@ -225,8 +233,8 @@ def request(
     classifier_scale: float = 1.0,
 ) -> Request:
     """What `generate` is asked, checked. Raises InputError for what this model, or this classifier with it, cannot do."""
-    if n < 1:
-        raise InputError(f"{n} images cannot be drawn; ask for at least 1")
+    if not whole(n, 1):
+        raise InputError(f"{n} images cannot be drawn; ask for a whole number, at least 1")
     levels = grid(config, experiment, params, steps, times)
     labels, pushed = _labels(config, experiment, label, guidance, classifier, classifier_scale)
     if labels is None and experiment.classes:
@@ -315,42 +323,40 @@ def draw_samples(keys, solver, levels, data_std, x0, shape, mesh):
 # Parameters, labels, guidance, eta, the grid and the keys are traced arguments: new values never compile again.
 _draw = jax.jit(draw_samples, static_argnames=("shape", "mesh"))
 
-# The programs that `_draw` holds, as far as a user is to be told that one is made.
+# The programs that have been made, as far as a user is to be told that one is.
 _compiled: set[Hashable] = set()
 
 
-def _tell_of_compiling(program: Hashable) -> None:
+def _tell_of_compiling(draw: Callable, arguments: Any, shape: tuple[int, ...]) -> None:
+    leaves, structure = jax.tree.flatten(arguments)
+    program = draw, structure, shape, tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
     if program not in _compiled:
         tqdm.write("compiling the sampler (once; its program is kept) ...", file=sys.stderr)
         _compiled.add(program)
 
 
-def _draw_with_path(keys, solver, levels, data_std, chosen, shape):
-    x, k_solve = _begin(keys, levels, data_std, None, shape)
-    state, told = sampling.solve(k_solve, solver, x, levels)
-    x0, eps, (alpha, sigma) = told.x0[chosen], told.eps[chosen], (jnp.asarray(a)[chosen] for a in levels)
-    alpha, sigma = (a.reshape(-1, *(1,) * len(shape)) for a in (alpha, sigma))
-    noisy = (alpha * x0 + sigma * eps) / jnp.hypot(alpha * data_std, sigma)
+def _draw_with_path(keys, solver, levels, data_std, x0, at, shape, mesh):
+    """The denoiser's estimates and the noisy samples at unit scale, [frames, n, ...], at the levels `at`; the last is the sample."""
+    if mesh is not None:
+        keys = jax.lax.with_sharding_constraint(keys, meshes.split(mesh))
+    x, k_solve = _begin(keys, levels, data_std, x0, shape)
+    solver = wrappers.recorded(solver, at)
+    state, _ = sampling.solve(k_solve, solver, x, levels)
     last = solver.final(state, jax.tree.map(lambda a: jnp.asarray(a[-1], x.dtype), levels))[None]
-    return jnp.concatenate([x0, last]), jnp.concatenate([noisy, last])
+    scale = jnp.hypot(at.alpha * data_std, at.sigma).reshape(-1, *(1,) * len(shape))
+    return jnp.concatenate([state.x0, last]), jnp.concatenate([state.noisy / scale, last])
 
 
-_draw_path = jax.jit(_draw_with_path, static_argnames=("shape",))
-
-
-def unpadded(levels: Level) -> Level:
-    """The grid without the repeated levels at its end."""
-    last = np.flatnonzero(np.diff(levels.alpha) != 0 | (np.diff(levels.sigma) != 0))
-    return jax.tree.map(lambda a: a[: (last[-1] + 2 if last.size else 1)], levels)
+_draw_path = jax.jit(_draw_with_path, static_argnames=("shape", "mesh"))
 
 
 def _levels_to_edit(levels: Level, strength: float, resample: int) -> Level:
     """The grid from `strength` of its levels on, walked down `resample` times in stretches, padded as it was."""
     try:
         begun = editing.from_strength(levels, strength)
-        if resample == 1:
+        steps = editing.true_length(begun)
+        if resample == 1 or steps == 1:
             return begun
-        steps = len(unpadded(begun).alpha)
         return times.pad(editing.repaint_levels(begun, min(10, steps - 1), resample), len(levels.alpha))
     except ValueError as error:
         raise InputError(f"{error} (sampling.max_steps of the config says how many levels there may be)") from error
@@ -379,16 +385,21 @@ def grid(config, experiment: Experiment, params: Any, steps: int, spacing: str |
     Raises InputError for more steps than the schedule or the padding has, and for a grid that does not fall.
     """
     most = config.sampling.max_steps
-    if not 1 <= steps <= most:
-        raise InputError(f"steps={steps} is out of range; allowed: 1 to {most} (sampling.max_steps)")
+    if not whole(steps, 1) or steps > most:
+        raise InputError(f"steps={steps} is out of range; allowed: whole numbers from 1 to {most} (sampling.max_steps)")
     key, text = ("sampling.times", config.sampling.times) if spacing is None else ("times", spacing)
     chosen = with_arguments(times, text, key)(n=steps)
     if not isinstance(chosen, np.ndarray):
-        raise InputError(f"{key}={text!r} is not a grid of sampling times, such as uniform or 'karras(0.002, 80)'")
+        raise InputError(f"{key}={text!r} is not a grid of sampling times, such as uniform or 'karras(lo=0.002, hi=80)'")
     try:
         levels = times.grid(experiment.schedule(params), chosen, most)
     except ValueError as error:
         raise InputError(f"{key}={text!r}: {error}") from error
+    if (levels.alpha < 0).any() or (levels.sigma <= 0).any():
+        raise InputError(
+            f"{key}={text!r} leaves the range of process.schedule={config.process.schedule!r}: at times {chosen[0]:g} to "
+            f"{chosen[-1]:g} alpha falls to {levels.alpha.min():g} and sigma to {levels.sigma.min():g}, which must be above 0"
+        )
     if not (np.diff(levels.sigma / np.hypot(levels.alpha, levels.sigma)) <= 0).all():
         raise InputError(f"{key}={text!r} does not fall from noise to data")
     first = Level(levels.alpha[0], levels.sigma[0])
@@ -416,7 +427,15 @@ def check(config, experiment: Experiment) -> None:
 
 def solver_of(text: Any, key: str, denoise: Denoiser) -> Solver:
     """The solver that `text` names, or that a function of a denoiser gives. Raises InputError naming the config's `key`."""
-    made = (text if callable(text) else with_arguments(solvers, text, key))(denoise)
+    if callable(text):
+        made = text(denoise)
+    elif isinstance(text, str):
+        _, positional, _ = parse(solvers, text, key)
+        if positional:
+            raise InputError(f"{key}={text!r}: numbers of a solver are given by name, as in 'deis(order=2)'")
+        made = with_arguments(solvers, text, key)(denoise)
+    else:
+        raise InputError(f"{key}={text!r} is neither the name of a solver nor a function of a denoiser")
     if not isinstance(made, Solver):
         raise InputError(f"{key}={text!r} is not a solver")
     return made
@@ -438,13 +457,18 @@ def _labels(
     pushed = None if classifier is None else _pushed(experiment, label, classifier, scale)
     # The label of an unconditional model is the classifier's business alone.
     labels = _told(config, experiment, None if pushed is not None and not experiment.classes else label)
-    if not np.isfinite(guidance):
-        raise InputError(f"guidance={guidance} is not a finite number")
+    _finite("guidance", guidance)
     if guidance != 1 and (labels is None or (labels == -1).all()):
         raise InputError(f"guidance={guidance} needs a label: without one there is nothing to guide towards")
     if guidance != 1 and not config.process.drop_label:
         raise InputError(f"guidance={guidance} needs a model trained with process.drop_label above 0")
     return labels, pushed
+
+
+def _finite(name: str, value: Any) -> None:
+    """Raises InputError for what is no single number that float32 can hold."""
+    if not isinstance(value, float | int | np.floating | np.integer) or not abs(float(value)) <= np.finfo(np.float32).max:
+        raise InputError(f"{name}={value} is not a finite number")
 
 
 def _pushed(experiment: Experiment, label: Any, classifier: Classifier, scale: float) -> np.ndarray:
@@ -457,8 +481,7 @@ def _pushed(experiment: Experiment, label: Any, classifier: Classifier, scale: f
     ends = (codecs.ends(each, experiment.shape) for each in (classifier.codec, experiment.codec))
     if any((jnp.abs(a - b) > 1e-3).any() for a, b in zip(*ends)):
         raise InputError(f"the classifier was trained with another data.codec, {classifier.config.data.codec!r}, than this model")
-    if not np.isfinite(scale):
-        raise InputError(f"classifier_scale={scale} is not a finite number")
+    _finite("classifier_scale", scale)
     if label is None:
         raise InputError("a classifier needs a label: without one there is nothing to push towards")
     return _in_range(label, 0, classes)

@@ -24,7 +24,7 @@ def images(params, solver: str, n: int, first: int = 0) -> np.ndarray:
     built = experiment.build(c)
     rows = np.arange(first, first + n)
     asked = run.request(c, built, params, keys(rows), n, 6, solver, rows % 10)
-    made = asked.make(run.denoiser_of(c, built, params, asked.labels, asked.guidance), np.arange(n))
+    made = asked.make(np.arange(n))
     return meshes.fetch(draw(params, asked.keys, made, asked.levels, (n, *built.shape)))
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
+from jaxdiff.checks import positive, whole
 from jaxdiff.denoiser import Denoiser, partial
 from jaxdiff.level import Level, between, with_x0
 from jaxdiff.solvers.base import LAMBDA_LIMIT, POINTS, Solver, denoised, half, under_exponential
@@ -28,12 +29,13 @@ def adaptive(
 
     A step's error is the root mean square, over a sample, of the two results' difference over max(atol, rtol |x|); `first` is the
     first step in half-logsnr, `most` the steps that an interval of the grid may take, after which one last step ends it. A grid of
-    two levels leaves all to the solver. Source: Lu et al. 2022 (DPM-Solver), appendix on adaptive step sizes, in x0 (DPM-Solver++).
+    two levels leaves all to the solver. A sample's steps follow its own error, which float32 rounds otherwise in another batch:
+    there it may differ by a few grey values. Source: Lu et al. 2022 (DPM-Solver), appendix on adaptive step sizes, in x0
+    (DPM-Solver++).
     """
     denoise = partial(denoise)
-    numbers = (jnp.asarray(a, float) for a in (rtol, atol))
-    step = Partial(_adaptive, denoise, *numbers, jnp.asarray(most, jnp.int32))
-    return Solver(Partial(_untried, jnp.asarray(first, float)), step, Partial(denoised, denoise))
+    step = Partial(_adaptive, denoise, positive("rtol", rtol), positive("atol", atol), jnp.int32(whole("most", most, 1)))
+    return Solver(Partial(_untried, positive("first", first)), step, Partial(denoised, denoise))
 
 
 def _untried(first: Array, x: Array) -> Adapted:

@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 
+from jaxdiff.checks import number, positive, share, whole
 from jaxdiff.denoiser import Denoiser, partial
 from jaxdiff.level import beta_std, between, learned_std, posterior_std, with_x0
 from jaxdiff.solvers.base import (
@@ -65,9 +67,9 @@ def ddpm_learned(denoise: Denoiser, noise: Noise = jax.random.normal) -> Solver:
 def ddim(denoise: Denoiser, eta: float | Array = 0.0, noise: Noise = jax.random.normal) -> Solver:
     """DDIM, deterministic at eta = 0 and the DDPM posterior at eta = 1; on the straight path, flow matching's Euler.
 
-    Source: DDIM eqs. 12 and 16.
+    Raises ValueError for an eta outside [0, 1]. Source: DDIM eqs. 12 and 16.
     """
-    return line(denoise, Partial(dial, jnp.asarray(eta, float)), noise=noise)
+    return line(denoise, Partial(dial, share("eta", eta)), noise=noise)
 
 
 def euler(denoise: Denoiser) -> Solver:
@@ -98,7 +100,10 @@ def _all_of_sigma(t, s, prediction):
 
 
 def heun(denoise: Denoiser) -> Solver:
-    """The trapezoid rule of the line integral, second order from two evaluations a step. Source: EDM algorithm 1."""
+    """The trapezoid rule of the line integral, second order from two evaluations a step.
+
+    Where alpha = 1 it is EDM's Heun, on the straight path flow matching's. Source: EDM algorithm 1.
+    """
     denoise = partial(denoise)
     return Solver(Partial(State), Partial(_trapezoid, denoise), Partial(denoised, denoise))
 
@@ -113,7 +118,8 @@ def _trapezoid(denoise, keys, state, t, s):
 def dpm2(denoise: Denoiser) -> Solver:
     """The midpoint rule of the line integral, at the geometric mean of the levels: second order from two evaluations a step.
 
-    From alpha = 0 the first step is of first order. Source: Lu et al. 2022 (DPM-Solver), algorithm 1, as k-diffusion's DPM2 has it.
+    From alpha = 0 the first step is of first order. Source: k-diffusion's DPM2, which it is where alpha = 1; `dpmpp_2s` is the
+    midpoint rule of DPM-Solver++ on every curve.
     """
     denoise = partial(denoise)
     return Solver(Partial(State), Partial(_midpoint, denoise), Partial(denoised, denoise))
@@ -138,7 +144,7 @@ def dpmpp_2s(denoise: Denoiser, eta: float | Array = 0.0, noise: Noise = jax.ran
     From alpha = 0 the first step is of first order. Source: Lu et al. 2022 (DPM-Solver++), algorithm 1 with r = 1/2; the SDE form
     is k-diffusion's "DPM++ SDE".
     """
-    denoise, std = partial(denoise), Partial(dial, jnp.asarray(eta, float))
+    denoise, std = partial(denoise), Partial(dial, share("eta", eta))
     return Solver(Partial(State), Partial(_two_stages, denoise, std, partial(noise)), Partial(denoised, denoise))
 
 
@@ -165,7 +171,8 @@ def churned(
     """EDM's stochastic sampler: before each step of `solver`, the noise is raised by the share gamma, as `wrappers.churn` does.
 
     Source: EDM algorithm 2, with gamma = min(S_churn / N, sqrt(2) - 1), `within` = (S_min, S_max) and `scale` = S_noise; the
-    defaults are table 5's for CIFAR-10-like images at S_churn / N = 0.2.
+    defaults are table 5's for CIFAR-10-like images at S_churn / N = 0.2. The last evaluation, which ends at sigma = 0, is not
+    churned: theirs is where S_min lets it.
     """
     return churn(solver(denoise), gamma, within, scale, noise)
 
@@ -187,7 +194,8 @@ def euler_maruyama(denoise: Denoiser, eta: float | Array = 1.0, noise: Noise = j
     `ddim`'s. Source: Song et al. 2021, eq. 6 and appendix E; eta as in `score.reverse_sde`.
     """
     denoise = partial(denoise)
-    step = Partial(_euler_maruyama, denoise, jnp.asarray(eta, float), partial(noise))
+    eta = number("eta", eta, "a finite number of at least 0", lambda v: (v >= 0) & np.isfinite(v))
+    step = Partial(_euler_maruyama, denoise, eta, partial(noise))
     return Solver(Partial(State), step, Partial(denoised, denoise))
 
 
@@ -209,8 +217,8 @@ def annealed_langevin(denoise: Denoiser, size: float | Array = 0.05, steps: int 
     """
     denoise = partial(denoise)
     # The count as a shape: it is static, and the solver remains a pytree of arrays.
-    numbers = jnp.arange(steps)
-    step = Partial(_annealed_langevin, denoise, jnp.asarray(size, float), numbers, partial(noise))
+    numbers = jnp.arange(whole("steps", steps, 1))
+    step = Partial(_annealed_langevin, denoise, positive("size", size), numbers, partial(noise))
     return Solver(Partial(State), step, Partial(denoised, denoise))
 
 
