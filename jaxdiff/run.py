@@ -336,7 +336,7 @@ def _tell_of_compiling(draw: Callable, arguments: Any, shape: tuple[int, ...]) -
 
 
 def _draw_with_path(keys, solver, levels, data_std, x0, at, shape, mesh):
-    """The denoiser's estimates and the noisy samples at unit scale, [frames, n, ...], at the levels `at`; the last is the sample."""
+    """The denoiser's estimates and the unit-scale noisy samples, [frames, n, ...], at the levels `at`; the last is the sample."""
     if mesh is not None:
         keys = jax.lax.with_sharding_constraint(keys, meshes.split(mesh))
     x, k_solve = _begin(keys, levels, data_std, x0, shape)
@@ -386,7 +386,7 @@ def grid(config, experiment: Experiment, params: Any, steps: int, spacing: str |
     """
     most = config.sampling.max_steps
     if not whole(steps, 1) or steps > most:
-        raise InputError(f"steps={steps} is out of range; allowed: whole numbers from 1 to {most} (sampling.max_steps)")
+        raise InputError(f"steps={steps} is out of range; allowed: 1 to {most} (sampling.max_steps), whole")
     key, text = ("sampling.times", config.sampling.times) if spacing is None else ("times", spacing)
     chosen = with_arguments(times, text, key)(n=steps)
     if not isinstance(chosen, np.ndarray):
