@@ -158,7 +158,7 @@ def test_a_damaged_file_is_one_line(exported, tmp_path, kind):
 def test_a_damaged_archive_is_one_line(exported, tmp_path):
     """A method of compression there is not, a deflated member that is none, an encrypted one, a cut file."""
     whole = exported[1].read_bytes()
-    entry = whole.index(b"PK\x01\x02")  # the directory's first entry, of the program
+    entry = whole.rindex(b"PK\x01\x02")  # the last of the directory, of the config
     for at, value in ((10, 99), (10, 8), (8, 1)):
         content = bytearray(whole)
         struct.pack_into("<H", content, entry + at, value)

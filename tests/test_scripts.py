@@ -47,6 +47,7 @@ def sampled(workdir, tmp_path):
     sample = ["sample.py", f"--workdir={workdir}", "--steps=4"]
     done = script(*sample, "--num=4", f"--out={tmp_path}/a.png", f"--trajectory={tmp_path}/film.gif")
     assert done.returncode == 0 and "film.gif" in done.stdout, done.stderr
+    assert done.stdout.index("a.png") < done.stdout.index("film.gif")  # the images first: a film may fail
     with Image.open(tmp_path / "film.gif") as film:
         assert film.n_frames == 4
 
