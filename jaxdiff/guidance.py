@@ -33,7 +33,7 @@ def classifier_free(cond: Denoiser, uncond: Denoiser, scale: Scale) -> Denoiser:
 
 
 def _mix(cond: Denoiser, uncond: Denoiser, scale: Scale, x: Array, level: Level) -> Prediction:
-    w, c = _at(scale, level), cond(x, level)
+    w, c = _at(scale, level, x), cond(x, level)
 
     def mixed() -> tuple[Array, Array]:
         u = uncond(x, level)
@@ -91,7 +91,7 @@ def rescale(cond: Denoiser, uncond: Denoiser, scale: Scale, share: float | Array
 
 
 def _rescale(cond: Denoiser, uncond: Denoiser, scale: Scale, share: Array, target: Target, x: Array, level: Level) -> Prediction:
-    w = _at(scale, level)
+    w = _at(scale, level, x)
     c, u = cond(x, level), uncond(x, level)
     y_c, y_u = (targets.regress(target, level, p.x0, p.eps) for p in (c, u))
     y = y_u + w * (y_c - y_u)
@@ -120,7 +120,7 @@ def projected(
 def _projected(
     cond: Denoiser, uncond: Denoiser, scale: Scale, parallel: Array, radius: Array, x: Array, level: Level
 ) -> Prediction:
-    w = _at(scale, level)
+    w = _at(scale, level, x)
     c, u = cond(x, level), uncond(x, level)
     d = c.x0 - u.x0
     # Selections on both sides of a division keep its derivative finite too, where the networks agree and where x0 is zero.
@@ -189,7 +189,7 @@ def _classifier(denoise: Denoiser, log_prob: LogProb, scale: Scale, x: Array, le
     p, grad = denoise(x, level), jax.grad(total)(x)
     known = level.alpha > 0
     # A classifier may say NaN at alpha = 0, whose logsnr is -inf; the selection, unlike a factor of zero, does not pass it on.
-    push = jnp.where(known, _at(scale, level) * level.sigma * grad, 0)
+    push = jnp.where(known, _at(scale, level, x) * level.sigma * grad, 0)
     return Prediction(p.x0 + level.sigma / jnp.where(known, level.alpha, 1) * push, p.eps - push, p.aux)
 
 
@@ -206,5 +206,11 @@ def _scale(scale: Scale) -> Any:
     return partial(scale) if callable(scale) else number("scale", scale)
 
 
-def _at(scale: Scale, level: Level) -> Array:
-    return scale(level) if callable(scale) else jnp.asarray(scale)
+def _at(scale: Scale, level: Level, x: Array) -> Array:
+    """The scale at a level. Raises ValueError for one a sample as [B], which would be taken for one a column of x."""
+    w = jnp.asarray(scale(level) if callable(scale) else scale)
+    if w.ndim == 1 and w.size > 1 and x.ndim > 1:
+        raise ValueError(
+            f"scale of shape {w.shape} is neither [] nor one a sample, which here is {(len(w),) + (1,) * (x.ndim - 1)}"
+        )
+    return w

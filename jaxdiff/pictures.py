@@ -48,17 +48,39 @@ def animate(path: str | Path | epath.Path, pictures: Sequence[np.ndarray], secon
 
 
 def load(path: str | Path | epath.Path, shape: tuple[int, ...]) -> np.ndarray:
-    """An image file as uint8 of `shape` (H, W, C), C 1 or 3. Raises InputError for what is no picture, or of another size."""
-    from PIL import Image, UnidentifiedImageError
+    """An image file as uint8 of `shape` (H, W, C), C 1 or 3.
+
+    Raises InputError for what is no picture of 8 bits a channel, or of another size.
+    """
+    return _read(path, shape, "L" if shape[-1] == 1 else "RGB").reshape(shape)
+
+
+def load_mask(path: str | Path | epath.Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A picture in black and white as bool of `shape` (H, W), True where it is white.
+
+    Raises InputError for other values, such as the grey of a soft brush, for transparency, and where `load` does.
+    """
+    grey, opaque = np.moveaxis(_read(path, shape, "LA"), -1, 0)
+    if (opaque != 255).any():
+        raise InputError(f"{path} is transparent at {(opaque != 255).sum()} pixels; a mask is black (0) and white (255)")
+    others = np.setdiff1d(grey, (0, 255))
+    if others.size:
+        named = ", ".join(str(value) for value in others[:3]) + (", ..." if others.size > 3 else "")
+        raise InputError(f"{path} has pixels of value {named}; a mask is black (0) and white (255), which is drawn anew")
+    return grey == 255
+
+
+def _read(path: str | Path | epath.Path, shape: tuple[int, ...], mode: str) -> np.ndarray:
+    from jaxdiff.data.images import read_image
 
     try:
         with epath.Path(path).open("rb") as file:
-            image = Image.open(file).convert("L" if shape[-1] == 1 else "RGB")
-    except (OSError, UnidentifiedImageError) as error:
+            image = read_image(file, mode)
+    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error and errors of its own
         raise InputError(f"{path} is not a picture that can be read: {error}") from error
     if image.size != (shape[1], shape[0]):
         raise InputError(f"{path} has {image.size[0]}x{image.size[1]} pixels; this model's images have {shape[1]}x{shape[0]}")
-    return np.asarray(image, np.uint8).reshape(shape)
+    return np.asarray(image, np.uint8)
 
 
 def _write(path: str | Path | epath.Path, image: Any, kind: str, **options: Any) -> None:

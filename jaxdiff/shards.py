@@ -24,37 +24,75 @@ def digest(tree: Any) -> str:
     return total.hexdigest()
 
 
+def begun(folder: epath.Path) -> bool:
+    """Whether a folder holds parts of a request; without a part there is nothing to lose, whatever else is there."""
+    return folder.is_dir() and any(folder.glob("part_*.npy"))
+
+
 def drawn(folder: epath.Path, asked: dict[str, Any], n: int, size: int, draw: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """The n images [n, ...] that `draw(rows)` makes, `size` rows at a time; each part is kept in `folder`, and not drawn again.
 
-    `asked` says what is drawn, JSON that must not change between calls. Raises InputError where the folder holds the parts of
-    another request.
+    `asked` says what is drawn, JSON that must not change between calls. A part that cannot be read is drawn again. Raises
+    InputError where the folder holds the parts of another request, or does not say of which.
     """
     text = json.dumps({**asked, "num": n, "part": size}, sort_keys=True, indent=1)
-    folder.mkdir(parents=True, exist_ok=True)
     request = folder / "request.json"
-    if request.exists() and request.read_text() != text:
-        raise InputError(f"{folder} holds part of another request (see {request}); remove it, or give another --out")
-    request.write_text(text)
-    parts = []
+    if goes_on := begun(folder):
+        _check_request(folder, request, text)
     starts = range(0, n, size)
-    there = [(folder / f"part_{start:07d}.npy").exists() for start in starts]
-    bar = tqdm(total=n, initial=size * sum(there), desc="sampling", unit="image", disable=len(starts) == 1)
-    for start, known in zip(starts, there):
-        path = folder / f"part_{start:07d}.npy"
-        if not known:
+    parts = [_read(_part(folder, start), min(size, n - start)) for start in starts]
+    there = sum(len(part) for part in parts if part is not None)
+    with tqdm(total=n, initial=there, desc="sampling", unit="image", disable=len(starts) == 1) as bar:
+        for i, start in enumerate(starts):
+            if parts[i] is not None:
+                continue
             images = draw(np.arange(start, min(start + size, n)))
-            write(path, images)
+            if not goes_on:
+                # Before the first part, so that no part is without one; after drawing, so that what cannot be drawn leaves nothing.
+                folder.mkdir(parents=True, exist_ok=True)
+                whole(request, lambda file: file.write(text.encode()))
+                goes_on = True
+            write(_part(folder, start), images)
+            parts[i] = images
             bar.update(len(images))
-        with path.open("rb") as file:
-            parts.append(np.load(file))
-    bar.close()
-    return np.concatenate(parts)
+    return np.concatenate(parts)  # type: ignore[arg-type]
+
+
+def _part(folder: epath.Path, start: int) -> epath.Path:
+    return folder / f"part_{start:07d}.npy"
+
+
+def _check_request(folder: epath.Path, request: epath.Path, text: str) -> None:
+    try:
+        asked = request.read_text()
+        json.loads(asked)
+    except (FileNotFoundError, ValueError):
+        damaged = f"{folder} holds parts, but {request.name} there, which says of what, is damaged or not there"
+        raise InputError(f"{damaged}; remove the folder, or give another --out") from None
+    if asked != text:
+        raise InputError(f"{folder} holds part of another request (see {request}); remove it, or give another --out")
+
+
+def _read(path: epath.Path, rows: int) -> np.ndarray | None:
+    """The part of so many rows, None where it is not there or damaged."""
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        try:
+            images = np.lib.format.read_array(file, allow_pickle=False)
+        except (ValueError, EOFError, SyntaxError):  # NumPy calls a cut file a ValueError
+            return None
+    return images if images.ndim and len(images) == rows else None
 
 
 def write(path: epath.Path, array: np.ndarray) -> None:
     """Writes an array as .npy, whole or not at all: one that exists is never read half."""
+    whole(path, lambda file: np.save(file, array))
+
+
+def whole(path: epath.Path, save: Callable[[Any], Any]) -> None:
+    """Writes a file by `save(file)`, whole or not at all."""
     temporary = path.parent / (path.name + ".partial")
     with temporary.open("wb") as file:
-        np.save(file, array)
+        save(file)
     temporary.replace(path)

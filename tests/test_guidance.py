@@ -51,6 +51,29 @@ def test_the_scale_may_differ_between_samples():
         np.testing.assert_allclose(p.x0[i : i + 1], one.x0, atol=1e-5)
 
 
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("n", [3, 4])
+def test_a_scale_a_sample_that_would_be_one_a_column_is_refused(traced, n):
+    """X is [4, 2, 3]: three numbers would pass in silence, one a column, and four would not say what is wrong."""
+    scales, level = jnp.arange(float(n)), LEVELS["cosine"]
+    makers = [
+        lambda w: guidance.classifier_free(COND, UNCOND, w),
+        lambda w: guidance.classifier_free(COND, UNCOND, Partial(lambda w, level: w, w)),
+        lambda w: guidance.rescale(COND, UNCOND, w),
+        lambda w: guidance.projected(COND, UNCOND, w),
+        lambda w: guidance.classifier(UNCOND, log_prob, w),
+    ]
+    for make in makers:
+        ask = jax.jit(lambda w, make=make: make(w)(X, level)) if traced else lambda w, make=make: make(w)(X, level)
+        with pytest.raises(ValueError, match=rf"scale of shape \({n},\) is neither .* which here is \({n}, 1, 1\)"):
+            ask(scales)
+    # Where a sample is one number, one a sample is [B].
+    x = X[:, 0, 0]
+    c, u = COND(x, level), UNCOND(x, level)
+    p = guidance.classifier_free(COND, UNCOND, jnp.arange(4.0))(x, level)
+    np.testing.assert_allclose(p.x0, u.x0 + np.arange(4) * (c.x0 - u.x0), atol=2e-5)
+
+
 def test_aux_is_the_conditional_branchs():
     p = guidance.classifier_free(with_aux(COND, "cond"), with_aux(UNCOND, "uncond"), 3.0)(X, LEVELS["cosine"])
     assert p.aux == "cond"

@@ -43,12 +43,17 @@ def losses(workdir):
 
 
 def sampled(workdir, tmp_path):
-    """sample.py films, goes on with a large request, and edits pictures."""
+    """sample.py films, goes on with a large request, and edits pictures; nothing it refuses is drawn first."""
     sample = ["sample.py", f"--workdir={workdir}", "--steps=4"]
     done = script(*sample, "--num=4", f"--out={tmp_path}/a.png", f"--trajectory={tmp_path}/film.gif")
     assert done.returncode == 0 and "film.gif" in done.stdout, done.stderr
+    assert done.stdout.index("a.png") < done.stdout.index("film.gif")  # the images first: a film may fail
     with Image.open(tmp_path / "film.gif") as film:
         assert film.n_frames == 4
+
+    one = script(*sample[:2], "--steps=1", "--num=4", f"--out={tmp_path}/one.png", f"--trajectory={tmp_path}/one.gif")
+    assert one.returncode == 2 and one.stderr.count("\n") == 1 and "at least 2 sampling steps to show, got steps=1" in one.stderr
+    assert "drawing" not in one.stdout and not list(tmp_path.glob("one.*"))
 
     large = [*sample, "--num=600", f"--out={tmp_path}/many.npz"]
     process = subprocess.Popen([sys.executable, *large], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -62,16 +67,34 @@ def sampled(workdir, tmp_path):
         other = script(*large, "--seed=1")
         assert other.returncode == 2 and "holds part of another request" in other.stderr
         assert (parts / "part_0000000.npy").stat().st_mtime_ns == first
+    else:
+        assert not parts.exists()
+        parts.mkdir()
+        (parts / "part_0000000.npy").write_bytes(b"")
+        (parts / "request.json").write_text("another")
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "black.png")
+    # A request that keeps no parts itself leaves these alone.
+    for flags in (["--num=3"], ["--num=600", f"--image={tmp_path}/black.png", "--strength=0.5"]):
+        small = script(*large, *flags)
+        assert small.returncode == 2 and small.stderr.count("\n") == 1, small.stderr
+        assert f"{parts} holds part of a larger request" in small.stderr and "drawing" not in small.stdout
+        assert (parts / "part_0000000.npy").exists() and ((tmp_path / "many.npz").exists() == (first is None))
+    if first is None:
+        shutil.rmtree(parts)
     assert script(*large).returncode == 0 and not parts.exists()
     images = np.load(tmp_path / "many.npz")["images"]
     assert images.shape == (600, 8, 8, 1)
-    assert script(*sample, "--num=600", f"--out={tmp_path}/again.npz").returncode == 0
+    again = script(*sample, "--num=600", f"--out={tmp_path}/again.npz")
+    # The last part, of fewer images, is filled up, so that one program does for all.
+    assert again.returncode == 0 and again.stderr.count("compiling the sampler") == 1, again.stderr
+    assert not list(tmp_path.glob("*.partial"))
     np.testing.assert_array_equal(np.load(tmp_path / "again.npz")["images"], images)
 
     picture, mask = images[0, ..., 0], np.zeros((8, 8), np.uint8)
     mask[:4] = 255
     Image.fromarray(picture).save(tmp_path / "picture.png")
     Image.fromarray(mask).save(tmp_path / "mask.png")
+    Image.fromarray(mask // 2).save(tmp_path / "soft.png")
     edit = [*sample, f"--image={tmp_path}/picture.png", "--num=3", f"--out={tmp_path}/edited.npz"]
     assert script(*edit, f"--mask={tmp_path}/mask.png", "--resample=2").returncode == 0
     edited = np.load(tmp_path / "edited.npz")["images"]
@@ -81,6 +104,7 @@ def sampled(workdir, tmp_path):
         (["--strength=2"], "strength=2.0 is out of range"),
         ([f"--mask={tmp_path}/many.npz"], "is not a picture that can be read"),
         ([f"--mask={tmp_path}/a.png"], "pixels; this model's images have 8x8"),
+        ([f"--mask={tmp_path}/soft.png"], "soft.png has pixels of value 127; a mask is black (0) and white (255)"),
     ):
         refused = script(*edit, *flags)
         assert refused.returncode == 2 and said in refused.stderr and refused.stderr.count("\n") == 1, (flags, refused.stderr)
@@ -235,6 +259,11 @@ def test_eight_devices_train_as_one(tmp_path):
         (["sample.py", "--workdir=/tmp", "--setps=3"], "Did you mean: steps"),
         (["sample.py", "--workdir=/tmp", "--mask=m.png"], "edit a picture; give it with --image=FILE"),
         (["sample.py", "--workdir=/tmp", "--trajectory=x.jpg"], "x.jpg is no .gif or .png file"),
+        (["sample.py", "--workdir=/tmp", "--trajectory=x.gif", "--image=i.png", "--strength=0.5"], "give one of the two"),
+        (["sample.py", "--workdir=/tmp", "--num=0"], "flag --num=0: 0 is not a positive integer"),
+        (["sample.py", "--workdir=/tmp", "--num=-1"], "flag --num=-1: -1 is not a positive integer"),
+        (["sample.py", "--workdir=/tmp", "--seed=99999999999999999999"], "is not an integer in the range [0, 4294967295]"),
+        (["sample.py", "--workdir=/tmp", "--seed=-1"], "is not an integer in the range [0, 4294967295]"),
     ],
     ids=lambda x: " ".join(x)[:60] if isinstance(x, list) else "",
 )
