@@ -1,6 +1,5 @@
 """Running a solver: one `lax.scan` over a grid of levels, with one key a sample."""
 
-import math
 from typing import Any
 
 import jax
@@ -59,7 +58,7 @@ def solve(key: Array, solver: Solver, x: Array, levels: Level) -> tuple[Any, Pre
 
     # A skipped interval costs an accelerator a launch (30 us on one), so stretches of them are skipped at once: of N intervals at
     # most 2 sqrt(N) are looked at for nothing.
-    length = math.isqrt(max(n - 1, 0)) + 1
+    length = max(int(np.ceil(np.sqrt(n))), 1)
     count = -(-n // length)
     rows = np.minimum(np.arange(count * length + 1), n)
     number = np.arange(count * length).reshape(count, length)
