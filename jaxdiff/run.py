@@ -467,7 +467,7 @@ def _labels(
 
 def _finite(name: str, value: Any) -> None:
     """Raises InputError for what is no single number that float32 can hold."""
-    if not isinstance(value, float | int | np.floating | np.integer) or not abs(float(value)) <= np.finfo(np.float32).max:
+    if not isinstance(value, float | int | np.floating | np.integer) or not abs(float(value)) <= float(np.finfo(np.float32).max):
         raise InputError(f"{name}={value} is not a finite number")
 
 

@@ -148,6 +148,24 @@ def test_clipping_holds_black_and_white_of_the_codec(model):
         (dict(label=[0, 1, 2]), "2 images need one label or 2, got 3"),
         (dict(guidance=2.0), "needs a label"),
         (dict(label=1, guidance=float("nan")), "guidance=nan"),
+        (dict(label=1, guidance=1e39), "guidance=1e+39 is not a finite number"),
+        (dict(label=1, guidance=None), "guidance=None is not a finite number"),
+        (dict(n=2.5), "2.5 images cannot be drawn"),
+        (dict(steps=5.5), "steps=5.5 is out of range"),
+        (dict(steps="5"), "steps=5 is out of range"),
+        (dict(solver=3), "solver=3 is neither the name of a solver"),
+        (dict(solver="ddim(eta=7)"), "eta=7.0 is not a number from 0 to 1"),
+        (dict(solver="ddim(eta=1e999)"), "eta=inf is not a number from 0 to 1"),
+        (dict(solver="ddim(0.5)"), "numbers of a solver are given by name"),
+        (dict(solver="ddim(eta=[0.1, 0.2, 0.3])"), "this solver cannot draw"),
+        (dict(solver="churned(gamma=-1.0)"), "gamma=-1.0 is not a number from 0"),
+        (dict(solver="churned(within=(5, 1))"), "lo=5.0 is above hi=1.0"),
+        (dict(solver="annealed_langevin(steps=-1)"), "steps=-1 is not a whole number of at least 1"),
+        (dict(solver="corrected(ratio=-1)"), "ratio=-1.0 is not a finite number above 0"),
+        (dict(solver="adaptive(rtol=0)"), "rtol=0.0 is not a finite number above 0"),
+        (dict(solver="euler_maruyama(eta=-2)"), "eta=-2.0 is not a finite number of at least 0"),
+        (dict(times="linear(lo=0.3, hi=1.2)"), "leaves the range of process.schedule='cosine'"),
+        (dict(times="karras"), "leaves the range of process.schedule='cosine'"),
     ],
 )
 def test_wrong_requests_are_one_line(model, kwargs, said):
@@ -213,6 +231,26 @@ def test_a_trajectory_ends_with_what_generate_draws(model):
         r.trajectory(jax.random.key(3), 3, frames=9, steps=8)
 
 
+def test_trajectories_share_one_program_and_are_drawn_in_batches(model):
+    """6 samples in batches of 4: every one as alone, and its frames those of the stacked predictions of `solve`."""
+    c, built, params, _ = model
+    r, key, labels = run.of(c, built, params), jax.random.key(3), np.arange(6)
+    before = run._draw_path._cache_size()
+    six = r.trajectory(key, 6, frames=5, steps=5, solver="ddpm", label=labels)
+    r.trajectory(key, 6, frames=5, steps=9, solver="ddpm", label=labels, guidance=2.0)
+    assert run._draw_path._cache_size() == before + 1
+    one = r.trajectory(jd.sample_keys(key, 6)[5:], 1, frames=5, steps=5, solver="ddpm", label=labels[5:])
+    assert six.x.shape == (5, 6, 8, 8, 1) and np.abs(six.x[:, 5:].astype(int) - one.x).max() <= 1
+
+    wanted = run.request(c, built, params, key, 6, 5, "ddpm", labels)
+    levels = jax.tree.map(lambda a: a[:5], wanted.levels)
+    k_prior, k_solve = (jax.vmap(lambda k, i=i: jax.random.fold_in(k, i))(wanted.keys) for i in range(2))
+    x = jd.prior(k_prior, jax.tree.map(lambda a: a[0], levels), (6, 8, 8, 1))
+    _, told = jax.jit(jd.solve)(k_solve, wanted.make(labels), x, levels)
+    want = jax.vmap(built.codec.decode)(told.x0)
+    assert np.abs(six.x0[:4].astype(int) - np.asarray(want)).max() <= 1
+
+
 @pytest.mark.parametrize("resample", [1, 3])
 def test_inpainting_keeps_the_known_pixels_and_draws_the_others(model, resample):
     c, built, params, _ = model
@@ -246,6 +284,11 @@ def test_less_strength_leaves_more_of_the_picture(model):
         (dict(mask=np.full((8, 8), 0.5)), "1 where the image is drawn anew and 0 elsewhere"),
         (dict(strength=0.0), "strength=0.0 is out of range"),
         (dict(strength=float("nan")), "strength=nan is out of range"),
+        (
+            dict(strength=0.5, resample=3),
+            "resample=3 is out of range; allowed: whole numbers from 1, and with a mask alone above 1",
+        ),
+        (dict(mask=np.ones((8, 8)), resample=2.5), "resample=2.5 is out of range"),
         (dict(mask=np.ones((8, 8)), resample=0), "resample|times"),
         (dict(mask=np.ones((8, 8)), resample=50), "more than the maximum 20"),
         (dict(steps=21), "steps=21 is out of range"),
