@@ -8,7 +8,8 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_documents_name_every_solver_and_every_config():
-    table = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "solvers.md").read_text(), re.M)
+    described = (ROOT / "docs" / "solvers.md").read_text().split("\n## ")[0]  # what follows has tables of what was measured
+    table = re.findall(r"^\| `(\w+)` \|", described, re.M)
     assert sorted(table) == sorted(solvers.__all__)
     assert f"has all {len(table)}, with sources" in README
     configs = {p.stem for p in (ROOT / "configs").glob("*.py")}
