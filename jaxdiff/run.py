@@ -398,7 +398,7 @@ def grid(config, experiment: Experiment, params: Any, steps: int, spacing: str |
     if (levels.alpha < 0).any() or (levels.sigma <= 0).any():
         raise InputError(
             f"{key}={text!r} leaves the range of process.schedule={config.process.schedule!r}: at times {chosen[0]:g} to "
-            f"{chosen[-1]:g} alpha falls to {levels.alpha.min():g}, allowed from 0, and sigma to {levels.sigma.min():g}, allowed above 0"
+            f"{chosen[-1]:g} alpha falls to {levels.alpha.min():g} (allowed: from 0), sigma to {levels.sigma.min():g} (above 0)"
         )
     if not (np.diff(levels.sigma / np.hypot(levels.alpha, levels.sigma)) <= 0).all():
         raise InputError(f"{key}={text!r} does not fall from noise to data")
