@@ -11,9 +11,11 @@ from jaxdiff.models.classifier import Classifier
 from jaxdiff.models.parts import (
     ADMBlock,
     ADMBlockDown,
+    ADMBlockUp,
     ADMDown,
     Attention,
     AttentionPool,
+    CosineBetaSinusoidal,
     DDPMppAttention,
     DDPMppBlock,
     DDPMppDown,
@@ -24,6 +26,7 @@ from jaxdiff.models.parts import (
     FourierEnter,
     LearnedSinusoidal,
     Leave,
+    LinearBetaSinusoidal,
     OneHotEmbed,
     ResBlock,
     ResidualLeave,
@@ -37,10 +40,12 @@ from jaxdiff.names import parse, whole
 __all__ = [
     "ADMBlock",
     "ADMBlockDown",
+    "ADMBlockUp",
     "ADMDown",
     "Attention",
     "AttentionPool",
     "Classifier",
+    "CosineBetaSinusoidal",
     "DDPMppAttention",
     "DDPMppBlock",
     "DDPMppDown",
@@ -51,6 +56,7 @@ __all__ = [
     "FourierEnter",
     "LearnedSinusoidal",
     "Leave",
+    "LinearBetaSinusoidal",
     "OneHotEmbed",
     "ResBlock",
     "ResidualLeave",
@@ -62,13 +68,13 @@ __all__ = [
 
 # Which parts fit which role.
 PARTS: dict[str, tuple[type, ...]] = {
-    "time": (Sinusoidal, LearnedSinusoidal),
+    "time": (Sinusoidal, LearnedSinusoidal, LinearBetaSinusoidal, CosineBetaSinusoidal),
     "embed": (Embed, OneHotEmbed),
     "enter": (Enter, FourierEnter),
     "block": (ResBlock, ADMBlock, DDPMppBlock, VDMBlock),
     "attend": (Attention, DDPMppAttention),
     "down": (Down, ADMDown, ADMBlockDown, DDPMppDown),
-    "up": (Up, DDPMppUp),
+    "up": (Up, ADMBlockUp, DDPMppUp),
     "leave": (Leave, ResidualLeave),
     "pool": (AttentionPool,),
 }
