@@ -3,11 +3,10 @@
     python -m jaxdiff.data.prepare cifar10                       # once: 170 MB, into ~/tensorflow_datasets
     python train.py --config=configs/cifar.py
 
-Time: 800,000 steps of 128 images at 4.5 TFLOP each (XLA's count); 10.6 hours on its authors' TPU v3-8 (DDPM appendix B). On a CPU
-it only serves to try the path: add --config.steps=20 --config.batch_size=8.
-Expected: FID 3.17 on 50,000 samples of the 1000-step `ddpm_large` sampler (DDPM table 1; the small variance gives similar results,
-section 3.2), 3.75 bits/dim or less (table 1). Measured here, on one H200 in bfloat16: 5,580 images/s, by
-which 800,000 steps take five hours; after 9,639 steps 3.912 +- 0.026 bits/dim by the bound (docs/objectives.md). FID: not yet.
+Time: 800,000 steps of 128 images at 4.5 TFLOP each (XLA's count); 10.6 hours on its authors' TPU v3-8 (DDPM appendix B), five at
+the pace of one H200 in bfloat16 (docs/benchmarks.md). On a CPU it only serves to try the path: add --config.steps=20
+--config.batch_size=8.
+Expected and measured: docs/results.md.
 """
 
 from ml_collections import ConfigDict

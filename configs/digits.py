@@ -1,12 +1,9 @@
 """Handwritten digits, 8x8, class-conditional: a U-Net of 368,185 parameters, cosine schedule, v target, classifier-free guidance.
 
     python train.py --config=configs/digits.py
-    python benchmarks/digits_quality.py --workdir=runs/digits
 
 Time: 140 s on 2 CPU cores, compiling included, the first grid after 38 s.
-Expected, measured with the second command on 1,000 samples of 50-step DDIM, as the share that a classifier (99.0% right on real
-held-out digits) gives the label asked for, and the mean within-class distance over that between real digits: 99.2% and 0.914 at
-guidance 1.05, 99.4% and 0.904 at 1.1, 99.9% and 0.879 at 1.25. (DDIM itself takes 3% off that distance at 50 steps.)
+Expected and measured: docs/results.md.
 """
 
 from ml_collections import ConfigDict

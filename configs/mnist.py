@@ -3,8 +3,8 @@
     python -m jaxdiff.data.prepare mnist                         # once: 12 MB, into ~/tensorflow_datasets
     python train.py --config=configs/mnist.py
 
-Time: 287 s on one H200, another training beside it; not measured on a CPU. Expected: how many of its digits are labelled as asked,
-and how they vary, stands as measured in docs/guidance_and_editing.md.
+Time: 287 s on one H200, another training beside it; not measured on a CPU.
+Expected and measured: docs/results.md.
 """
 
 from ml_collections import ConfigDict
