@@ -202,7 +202,7 @@ def test_images_of_another_kind_are_refused(tmp_path, dino):
 @pytest.mark.parametrize("load, wanted", [(features.inception, features.INCEPTION), (features.dinov2, features.DINOV2)])
 def test_without_weights_a_line_says_where_they_are(tmp_path, load, wanted):
     every = (wanted.file, wanted.digest, wanted.address, wanted.flag)
-    refused(lambda: load(None), f"{wanted.flag} is not given", *every)
+    refused(lambda: load(None), "no file is given", *every)
     refused(lambda: load(tmp_path / "gone.pth"), f"{tmp_path / 'gone.pth'} is not there", *every)
     assert wanted.file.endswith(".pth") and len(wanted.digest) == 64
     (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04 cut short")

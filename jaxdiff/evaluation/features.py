@@ -210,9 +210,9 @@ def _digest(seen: list, params: Any) -> str:
 def _read(path: str | Path | None, wanted: Published) -> dict[str, np.ndarray]:
     """The tensors of a file. Raises InputError that says where the published one is to be had."""
     if path is None or not Path(path).is_file():
-        missing = f"{wanted.flag} is not given" if path is None else f"{path} is not there"
+        missing = "no file is given" if path is None else f"{path} is not there"
         of = f"{wanted.file} (SHA-256 {wanted.digest}) from {wanted.address}"
-        raise InputError(f"{missing}; it names a copy of {of}, or the same tensors as .safetensors or .npz ({wanted.flag})")
+        raise InputError(f"{wanted.flag}: {missing}; wanted is a copy of {of}, or the same tensors as .safetensors or .npz")
     return files.read(path)
 
 
