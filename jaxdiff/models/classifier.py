@@ -26,3 +26,9 @@ class Classifier(Trunk):
         embedding = self.hear(x, logsnr, None, 0, 0)
         h = self.middle(self.descend(x, embedding, train)[-1], embedding, train)
         return self.inline(self.pool(self.classes, self.heads, self.dtype))(h)
+
+
+def features(model: nn.Module, params: Any, x: Array, logsnr: Array) -> tuple[Array, Array]:
+    """(what the logits are a linear map of, float32 [B, channels]; the logits, float32 [B, classes])."""
+    logits, kept = model.apply(params, x, logsnr, mutable="intermediates")
+    return kept["intermediates"]["features"][0], logits

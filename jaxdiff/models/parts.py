@@ -409,7 +409,8 @@ class AttentionPool(nn.Module):
     """norm, SiLU, attention whose one query is the mean of all positions, a linear map: h -> float32 [B, classes].
 
     The mean stands before the positions, all have a learned place added, so an image of another size does not fit. The map is zero
-    at first: every class is as likely. Source: Radford et al. 2021 (CLIP), section 2.4, as Dhariwal and Nichol 2021 use it.
+    at first: every class is as likely. What it maps is kept for `classifier.features`. Source: Radford et al. 2021 (CLIP), section
+    2.4, as Dhariwal and Nichol 2021 use it.
     """
 
     classes: int
@@ -431,6 +432,7 @@ class AttentionPool(nn.Module):
             for name, of in (("q", h[:, :1]), ("k", h), ("v", h))
         )
         h = jax.nn.dot_product_attention(q, k, v).reshape(batch, channels).astype(jnp.float32)
+        self.sow("intermediates", "features", h)
         return nn.Dense(self.classes, kernel_init=ZERO, name="logits")(h)
 
 
