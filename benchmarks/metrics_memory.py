@@ -28,7 +28,8 @@ def main(_) -> None:
         sums = distances.moments_add(sums, features)
         busy += time.perf_counter() - began
     found = distances.moments_end(sums)
-    print(f"{found.n} x {FLAGS.width} features, {FLAGS.batch} at a time: {busy:.1f} s of sums, {time.perf_counter() - start:.1f} s in all")
+    total = time.perf_counter() - start
+    print(f"{found.n} x {FLAGS.width} features, {FLAGS.batch} at a time: {busy:.1f} s of sums, {total:.1f} s in all")
     print(f"peak memory {peak():.0f} MiB, {peak() - before:.0f} MiB of it since the start")
     print(f"(all at once they are {FLAGS.num * FLAGS.width * 8 / 2**20:.0f} MiB in float64)")
     exact = 1 / 12  # the variance of a uniform number

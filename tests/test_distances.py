@@ -43,9 +43,7 @@ def test_frechet_of_commuting_gaussians_is_the_distance_of_means_and_deviations(
     rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(6, 6)))[0]
     a, b = np.array([1.0, 4.0, 9.0, 0.25, 0.0, 2.0]), np.array([4.0, 1.0, 0.0, 0.5, 3.0, 2.0])
     mean_a, mean_b = np.arange(6.0), np.ones(6)
-    found = frechet(
-        Moments(9, mean_a, rotation @ np.diag(a) @ rotation.T), Moments(9, mean_b, rotation @ np.diag(b) @ rotation.T)
-    )
+    found = frechet(Moments(9, mean_a, rotation @ np.diag(a) @ rotation.T), Moments(9, mean_b, rotation @ np.diag(b) @ rotation.T))
     exact = np.square(mean_a - mean_b).sum() + np.square(np.sqrt(a) - np.sqrt(b)).sum()
     assert found == pytest.approx(exact, rel=1e-12)
 

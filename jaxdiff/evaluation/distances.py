@@ -148,7 +148,8 @@ def _mmd(x: Array, y: Array) -> float:
     n, d = x.shape
 
     def kernel(a: Array, b: Array) -> Array:
-        return (a @ b.T / d + 1) ** 3
+        inner = a @ b.T / d + 1
+        return inner * inner * inner  # NumPy's general power takes ten times as long
 
     within = sum(k.sum() - np.trace(k) for k in (kernel(x, x), kernel(y, y))) / (n * (n - 1))
     return float(within - 2 * kernel(x, y).mean())
@@ -212,7 +213,7 @@ def _squared_distances(a: Array, b: Array) -> Iterator[tuple[slice, Array]]:
 
     Both are taken about b's mean, so that |x|^2 + |y|^2 - 2 x'y keeps its digits where features lie far from zero.
     """
-    centre = np.mean(b, axis=0, dtype=np.float64)[None, :]
+    centre = np.mean(b, axis=0, dtype=np.float64, keepdims=True)
     lengths = np.concatenate([np.square(part - centre).sum(1) for _, part in _pieces(b)])
     step = max(1, BLOCK // len(b))
     for start in range(0, len(a), step):
