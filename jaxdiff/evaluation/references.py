@@ -52,6 +52,11 @@ def kept_rows(n: int) -> np.ndarray:
     return np.arange(n) if n <= KEPT else np.linspace(0, n - 1, KEPT).round().astype(int)
 
 
+def any_rows(n: int, m: int) -> np.ndarray:
+    """m of n rows in an order of chance, always the same."""
+    return np.random.RandomState(2020).permutation(n)[:m]
+
+
 def describe(images: np.ndarray, features: Any, size: int, name: str) -> Described:
     """The features of images uint8 [n, H, W, C], `size` at once, split over all devices; every process must call it.
 

@@ -124,24 +124,21 @@ def told(described: Described) -> dict[str, Any]:
 def floor(metric: str, samples: Described, held_out: Described, reference: Described) -> dict[str, Any]:
     """The metric of real held-out images, and of as many samples: what a perfect model would have at this n, and what this has.
 
-    Distances of few images are biased upward, so the two are to be compared with each other alone.
+    The samples are the first, those that a request of so many would have drawn; a split may be in the order of its classes, so of
+    a larger one any are taken. Distances of few images are biased upward: the two are to be compared with each other alone.
     """
     m = min(len(samples.pool), len(held_out.pool))
-    row, same = figure(metric, some(held_out, m), reference), METRICS[metric].figures(some(samples, m), reference)
+    real = part(held_out, references.any_rows(len(held_out.pool), m))
+    row, same = figure(metric, real, reference), METRICS[metric].figures(part(samples, np.arange(m)), reference)
     title = f"floor ({held_out.name}) of {METRICS[metric].title.format(network=samples.network)}"
     told_of = {"label": label(title, m), "held_out": told(held_out)}
     return row | {"metric": f"floor_{metric}"} | told_of | {"samples_at_n": {key: same[key] for key in FIGURES if key in same}}
 
 
-def some(described: Described, m: int, seed: int = 2020) -> Described:
-    """m images of a set, any, always the same; of their features only `pool` and `logits` are known.
-
-    Any, since a set may be in the order of its classes, or repeat them with a period.
-    """
-    n = len(described.pool)
-    rows = np.arange(n) if m == n else np.random.RandomState(seed).permutation(n)[:m]
-    pool, logits = described.pool[rows], described.logits[rows] if len(described.logits) else described.logits
-    return described._replace(n=m, images="", moments={"pool": distances.moments(pool)}, pool=pool, logits=logits)
+def part(described: Described, rows: np.ndarray) -> Described:
+    """Some images of a set; of their features only `pool` is known."""
+    pool = described.pool[rows]
+    return described._replace(n=len(rows), images="", moments={"pool": distances.moments(pool)}, pool=pool, logits=references.NONE)
 
 
 def nearest(samples: Described, held_out: Described, train: Described) -> dict[str, Any]:

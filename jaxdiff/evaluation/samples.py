@@ -11,7 +11,7 @@ import numpy as np
 from jaxdiff import data, shards
 from jaxdiff import run as runs
 from jaxdiff.errors import InputError
-from jaxdiff.evaluation.references import load_npz
+from jaxdiff.evaluation.references import any_rows, load_npz
 from jaxdiff.experiment import build
 from jaxdiff.training.checkpoint import place
 
@@ -49,9 +49,10 @@ def _told(labels: np.ndarray | None) -> str | int | None:
 
 
 def at_hand(path: str | os.PathLike[str], shape: tuple[int, ...], num: int = 0) -> Samples:
-    """The first `num` images, 0 for all, of an .npz (key images, or arr_0 as ADM writes) or of a folder of pictures.
+    """`num` images, 0 for all, of an .npz (key images, or arr_0 as ADM writes) or of a folder of pictures.
 
-    Raises InputError where they cannot be read, or are not uint8 of `shape` (H, W, C).
+    Which, and their order, is by chance, and always the same: a file may hold one class after the other. Raises
+    InputError where they cannot be read, or are not uint8 of `shape` (H, W, C).
     """
     if place(path).is_dir():
         images = data.load("folder", "train", path).images
@@ -66,8 +67,8 @@ def at_hand(path: str | os.PathLike[str], shape: tuple[int, ...], num: int = 0) 
     check(path, images, shape)
     if num > len(images):
         raise InputError(f"{path} has {len(images)} images, fewer than num={num}")
-    images = images[: num or len(images)]
-    return Samples(images, {"file": str(path), "images": shards.digest(np.asarray(images))})
+    images = np.asarray(images[any_rows(len(images), num or len(images))])
+    return Samples(images, {"file": str(path), "images": shards.digest(images)})
 
 
 def check(path: str | os.PathLike[str], images: np.ndarray, shape: tuple[int, ...]) -> None:
