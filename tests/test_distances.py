@@ -68,7 +68,7 @@ def test_a_set_has_no_frechet_distance_from_itself_even_with_a_singular_covarian
 
 def test_too_few_images_for_a_covariance_is_said():
     line = distances.shortage(1000, 2048)
-    assert line == "n=1000 is below 2049, so a covariance of 2048 features is singular and the distance biased upward"
+    assert line == "n=1000 is not above 2048 features: the covariance is singular and the distance biased upward"
     assert np.linalg.matrix_rank(distances.moments(features(20, 20)).cov) == 19 and distances.shortage(20, 20)
     assert np.linalg.matrix_rank(distances.moments(features(21, 20)).cov) == 20 and not distances.shortage(21, 20)
     assert distances.shortage(None, 20) == ""

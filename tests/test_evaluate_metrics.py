@@ -178,7 +178,7 @@ def test_statistics_are_written_for_pytorch_fid_and_adm_and_read_back(digits, tm
         np.testing.assert_array_equal(arrays["sigma_s"], found.moments["spatial"].cov)
     back, images = references.read(tmp_path / "s.npz")
     assert images is None and not len(back.pool)
-    assert back[:5] == found[:5] and back.moments["pool"].n == 30
+    assert back[1:5] == found[1:5] and back.name == "s.npz (few)" and back.moments["pool"].n == 30
     np.testing.assert_array_equal(back.moments["pool"].cov, found.moments["pool"].cov)
     for target in (tmp_path / "s.txt", tmp_path):
         with pytest.raises(InputError, match=r"statistics are written to an \.npz file"):
@@ -338,7 +338,7 @@ def test_figures_are_those_of_the_distances():
 def test_what_makes_a_figure_doubtful_is_noted():
     foreign = described(rows(40, seed=1), "theirs.npz", digest="", network="")
     noted = report.figure("fid", described(rows(4)), foreign)
-    assert noted["notes"] == [distances.shortage(4, 4), "theirs.npz does not say of which feature network it is"]
+    assert noted["notes"] == ["samples: " + distances.shortage(4, 4), "theirs.npz does not say of which feature network it is"]
     assert all(note in report.line(noted) for note in noted["notes"]) and noted["reference"]["network"] == "unknown network"
     assert report.figure("fid", described(rows(5)), described(rows(40)))["notes"] == []
 

@@ -80,7 +80,7 @@ def shortage(n: int | None, d: int) -> str:
     """A line where n features are too few for a regular covariance of d, else ""."""
     if n is None or n > d:
         return ""
-    return f"n={n} is below {d + 1}, so a covariance of {d} features is singular and the distance biased upward"
+    return f"n={n} is not above {d} features: the covariance is singular and the distance biased upward"
 
 
 def frechet(a: Moments, b: Moments) -> float:

@@ -172,7 +172,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Described, np.ndarray | None]:
         )
     images_digest, network, digest = (str(arrays.get(key, "")) for key in ("images_digest", "network", "digest"))
     n = int(arrays["n"]) if "n" in arrays else None
-    name = str(arrays["name"]) if "name" in arrays else place(path).name
+    name = place(path).name + (f" ({arrays['name']})" if "name" in arrays else "")
     return Described(name, n, images_digest, network, digest, moments, arrays.get("pool", NONE)), images
 
 

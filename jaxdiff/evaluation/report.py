@@ -37,10 +37,14 @@ class Metric(NamedTuple):
 
 def _frechet(samples: Described, reference: Described, key: str = "pool") -> dict[str, Any]:
     a, b = samples.moments[key], reference.moments[key]
-    notes = {distances.shortage(n, len(a.mean)) for n in (a.n, b.n)} - {""}
+    notes = [
+        f"{whose}: {line}"
+        for whose, each in (("samples", a), ("reference", b))
+        if (line := distances.shortage(each.n, len(a.mean)))
+    ]
     if not reference.digest:
-        notes.add(f"{reference.name} does not say of which feature network it is")
-    return {"value": distances.frechet(a, b), "notes": sorted(notes)}
+        notes.append(f"{reference.name} does not say of which feature network it is")
+    return {"value": distances.frechet(a, b), "notes": notes}
 
 
 def _score(samples: Described, _: Any) -> dict[str, Any]:
