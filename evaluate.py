@@ -13,8 +13,10 @@ and writes it to WORKDIR/evaluation. Samples are drawn as sample.py draws them a
 another metric of the same samples draws nothing. Every device and process takes its share.
 """
 
+import functools
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +73,8 @@ def main() -> None:
         if FLAGS[name].value < 0:  # type: ignore[operator]
             raise jd.InputError(f"{name}={FLAGS[name].value} is negative")
     meshes.connect(FLAGS.coordinator, FLAGS.processes, FLAGS.process)
+    if "floor" in metrics and not takes(metrics) & set(report.FLOORED):
+        raise jd.InputError("floor is of the distances that are asked for beside it, such as fid or fd_own, and there is none")
     networks = networks_of(metrics)
     run = jd.load(FLAGS.workdir, FLAGS.ema, FLAGS.step)
     if bits := [name for name in metrics if name in evaluation.METRICS]:
@@ -110,51 +114,70 @@ def bits_per_dim(run, metrics: list[str]) -> None:
         say(_line(row))
 
 
+class Real(NamedTuple):
+    """What samples are compared with: the statistics of --reference or None, the reference's name, and images by their names."""
+
+    stats: references.Described | None
+    name: str
+    images: dict[str, np.ndarray]
+
+
 def distances(run, metrics: list[str], networks: dict) -> None:
     """Distances of samples from a reference, and what goes with them: one pass of each network over the samples."""
     of = {network: [m for m in metrics if m in report.METRICS and report.METRICS[m].network == network] for network in networks}
-    takes = {network: {t for m in each if (t := report.METRICS[m].takes) is not None} for network, each in of.items()}
-    stats, images, name = reference(run, any(takes.values()))
-    for network, seen in networks.items():  # what cannot work is told before anything is drawn
+    extra = [m for m in metrics if m in report.BESIDES]
+    real = read_real(run, extra, FLAGS.save_reference or any(takes(each) for each in of.values()))
+    num = FLAGS.num or how_many(networks, real.stats, real.images.get(real.name))
+    check(run, of, networks, real, num)
+    drawn = given(run, num)
+    for network, seen in networks.items():
+        figures(run, drawn, [*of[network], *extra], seen, real)
+
+
+def takes(metrics: list[str]) -> set[str]:
+    """What metrics take of the reference."""
+    return {of for m in metrics if m in report.METRICS and (of := report.METRICS[m].takes) is not None}
+
+
+def check(run, of: dict[str, list[str]], networks: dict, real: Real, num: int) -> None:
+    """Raises InputError for what cannot work, before anything is drawn."""
+    for network, seen in networks.items():
         one = jax.ShapeDtypeStruct((1, *run.shape), jnp.uint8)
         widths = {key: a.shape[1] for key, a in jax.eval_shape(seen.apply, one).items()}
-        references.check(stats, images, seen, widths, takes[network])
-    train, held_out = (f"{run.config.data.name} {split}" for split in (run.config.data.split, FLAGS.held_out))
-    if set(metrics) & set(report.BESIDES):
-        if held_out in (train, name):
-            raise jd.InputError(f"held_out={FLAGS.held_out} is what the model was trained on, or the reference; give another split")
-        real, known = (load(run, split).images for split in (FLAGS.held_out, run.config.data.split))
-    num = FLAGS.num or how_many(networks, stats, images)
+        references.check(real.stats, real.images.get(real.name), seen, widths, takes(of[network]))
     least, needs = max([(report.METRICS[m].least, m) for each in of.values() for m in each], default=(2, "nearest"))
     if num < least:
         raise jd.InputError(f"num={num} is too few samples: {needs} needs {least} at least")
     if FLAGS.save_reference and len(networks) > 1:
         raise jd.InputError(f"--save_reference writes one network's statistics, and these metrics are of {', '.join(networks)}")
-    drawn, size = given(run, num), FLAGS.batch_size or 100
-    for network, seen in networks.items():
 
-        def see(images, name, seen=seen):
-            return references.cached(images, seen, size, name)
 
-        found = references.describe(drawn.images, seen, size, "samples")
-        against = references.against(stats, images, see, name)
-        for metric in of[network]:
-            to = report.METRICS[metric].takes
-            tell(drawn, report.figure, metric, found, None if to is None else against(to))
-        if FLAGS.save_reference:
-            written = against("pool")
-            if meshes.first_process():
-                references.write(FLAGS.save_reference, written)
-        if "floor" in metrics:
-            for metric in of[network]:
-                if (to := report.METRICS[metric].takes) in report.FLOORED:
-                    tell(drawn, report.floor, metric, found, see(real, held_out), against(to))
-        if "nearest" in metrics:
-            path = tell(drawn, report.nearest, found, see(real, held_out), see(known, train))
-            if path is not None:
-                row = json.loads(path.read_text())
-                jd.pictures.save(path.with_suffix(".png"), report.picture(row, drawn.images, known))
-                say(f"wrote {path.with_suffix('.png')}")
+def figures(run, drawn: samples.Samples, metrics: list[str], seen, real: Real) -> None:
+    """The metrics of one feature network."""
+    train, held_out = names(run)
+    size = FLAGS.batch_size or 100
+    see = functools.cache(lambda name: references.cached(real.images[name], seen, size, name))
+    found = references.describe(drawn.images, seen, size, "samples")
+
+    def against(takes: str) -> references.Described:
+        return real.stats if real.stats is not None and takes in real.stats.moments else see(real.name)
+
+    for metric in (m for m in metrics if m in report.METRICS):
+        to = report.METRICS[metric].takes
+        tell(drawn, report.figure, metric, found, None if to is None else against(to))
+        if "floor" in metrics and to in report.FLOORED:
+            tell(drawn, report.floor, metric, found, see(held_out), against(to))
+    if FLAGS.save_reference:
+        written = against("pool")
+        if meshes.first_process():
+            references.write(FLAGS.save_reference, written)
+            say(f"wrote {FLAGS.save_reference}")
+    if "nearest" in metrics:
+        path = tell(drawn, report.nearest, found, see(held_out), see(train))
+        if path is not None:
+            picture = report.picture(json.loads(path.read_text()), drawn.images, real.images[train])
+            jd.pictures.save(path.with_suffix(".png"), picture)
+            say(f"wrote {path.with_suffix('.png')}")
 
 
 def tell(drawn: samples.Samples, make, *sets):
@@ -200,15 +223,26 @@ def load(run, split: str) -> data.Dataset:
     return dataset
 
 
-def reference(run, needed: bool) -> tuple[references.Described | None, np.ndarray | None, str]:
-    """(statistics of a file, images, their name): of --reference, else of a split; neither where no metric needs one."""
-    split = FLAGS.split or run.config.data.split
+def names(run) -> tuple[str, str]:
+    """What the splits that the model was trained on, and not, are called."""
+    return f"{run.config.data.name} {run.config.data.split}", f"{run.config.data.name} {FLAGS.held_out}"
+
+
+def read_real(run, extra: list[str], needed) -> Real:
+    """--reference, or a split where a metric needs one; the other two splits where floor or nearest do."""
+    name = f"{run.config.data.name} {FLAGS.split or run.config.data.split}"
+    train, held_out = names(run)
+    if extra and held_out in (train, "" if FLAGS.reference else name):
+        raise jd.InputError(f"held_out={FLAGS.held_out} is what the model was trained on, or the reference; give another split")
+    images = {train: load(run, run.config.data.split).images, held_out: load(run, FLAGS.held_out).images} if extra else {}
     if FLAGS.reference is None:
-        return None, load(run, split).images if needed else None, f"{run.config.data.name} {split}"
-    stats, images = references.read(FLAGS.reference)
-    if images is not None:
-        samples.check(FLAGS.reference, images, run.shape)
-    return stats, images, stats.name
+        more = {name: load(run, FLAGS.split or run.config.data.split).images} if needed else {}
+        return Real(None, name, images | more)
+    stats, at_hand = references.read(FLAGS.reference)
+    if at_hand is not None:
+        samples.check(FLAGS.reference, at_hand, run.shape)
+        images[stats.name] = at_hand
+    return Real(stats, stats.name, images)
 
 
 def how_many(networks, stats: references.Described | None, images: np.ndarray | None) -> int:

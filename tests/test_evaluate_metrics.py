@@ -434,6 +434,14 @@ def test_a_set_of_images_at_hand_has_no_distance_from_itself(call, workdir, digi
     assert len(list((workdir / "evaluation").glob("nearest-*.png"))) == 2
 
 
+def test_nearest_alone_is_by_the_network_whose_weights_are_given(call, workdir, digits, tmp_path):
+    np.savez(tmp_path / "x.npz", images=digits[0][:20])
+    call(metrics="nearest", samples=tmp_path / "x.npz", dinov2="weights")
+    row = told(workdir, "nearest")
+    assert row["value"] == 0 and row["features"]["network"] == "dinov2" and row["n"] == 20
+    assert (row["reference"]["name"], row["held_out"]["name"]) == ("digits train", "digits test")
+
+
 def test_statistics_written_are_the_same_reference_as_the_images(call, workdir, digits, tmp_path):
     np.savez(tmp_path / "x.npz", images=digits[1][:50])
     call(metrics="fid,sfid", samples=tmp_path / "x.npz", save_reference=tmp_path / "s.npz")
@@ -474,6 +482,7 @@ def test_without_a_number_there_are_as_many_samples_as_the_field_or_the_referenc
         ({"solver": "ddimm"}, "solver='ddimm' is unknown; did you mean 'ddim'"),
         ({"metrics": "fid,floor", "held_out": "train"}, "held_out=train is what the model was trained on"),
         ({"metrics": "nearest"}, "need a feature network: give --inception, --dinov2 or --classifier"),
+        ({"metrics": "is,floor"}, "floor is of the distances that are asked for beside it, such as fid or fd_own"),
         ({"split": "valid"}, "digits has no split 'valid'"),
         ({"samples": "nowhere.npz"}, "nowhere.npz is not there"),
         ({"samples": "nowhere.npz", "steps": 3}, "--steps is of drawing, and --samples are images at hand"),

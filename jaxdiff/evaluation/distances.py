@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from jaxdiff.errors import InputError
 
@@ -216,7 +217,8 @@ def _squared_distances(a: Array, b: Array) -> Iterator[tuple[slice, Array]]:
     centre = np.mean(b, axis=0, dtype=np.float64, keepdims=True)
     lengths = np.concatenate([np.square(part - centre).sum(1) for _, part in _pieces(b)])
     step = max(1, BLOCK // len(b))
-    for start in range(0, len(a), step):
+    starts = range(0, len(a), step)
+    for start in tqdm(starts, desc="distances", unit="block", leave=False, disable=len(starts) < 10):
         x = np.asarray(a[start : start + step], np.float64) - centre
         squared = np.square(x).sum(1)[:, None] + lengths[None, :]
         for columns, part in _pieces(b):

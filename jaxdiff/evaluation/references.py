@@ -4,10 +4,8 @@ A file of statistics is an .npz with the keys of pytorch-fid (mu, sigma) or of A
 arr_0). Ours have the same keys, so that both read them, and say n, name, network, digest and images_digest besides.
 """
 
-import functools
 import hashlib
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,17 +118,6 @@ def cached(images: np.ndarray, features: Any, size: int, name: str, cache_dir: s
     return found
 
 
-def against(
-    stats: Described | None, images: np.ndarray | None, see: Callable[[np.ndarray, str], Described], name: str
-) -> Callable[[str], Described]:
-    """The reference of a metric, by what it takes: "pool" or "spatial" for moments, "" for the features of single images.
-
-    Moments are the file's own where it has them; all else is what the network sees, `see(images, name)`, when first asked for.
-    """
-    computed = functools.cache(lambda: see(images, name))  # type: ignore[arg-type]  # `check` has seen to it that there are some
-    return lambda takes: stats if stats is not None and takes in stats.moments else computed()
-
-
 def _from_cache(file, features: Any) -> Described | None:
     try:
         found = read(file)[0] if file.exists() else None
@@ -203,7 +190,7 @@ def load_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def check(stats: Described | None, images: np.ndarray | None, features: Any, widths: dict[str, int], takes: set[str]) -> None:
-    """Raises InputError where a file cannot be the reference of metrics that take `takes` (as `against`) by this network.
+    """Raises InputError where a file cannot be the reference of metrics that take `takes` (`report.Metric`) by this network.
 
     That is where its statistics say that they are of another network, or are not of as many features as this one's `widths` (by
     name), or where single images are needed and it has statistics alone.
