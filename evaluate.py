@@ -1,67 +1,101 @@
-"""Evaluates a trained model:  python evaluate.py --workdir=DIR [--metrics=bpd_elbo,bpd_ode --num --split --terms --steps --seed]
+"""Evaluates a trained model:  python evaluate.py --workdir=DIR --metrics=fd_own,pr_own,floor,nearest --classifier=DIR
 
-Prints each figure with its standard error and writes it to WORKDIR/evaluation. Stopped, it goes on where it was; every device
-and process takes its share.
+Metrics, separated by commas:
+  bpd_elbo, bpd_ode                             bits per dimension of real images: variational bound, and exact (probability flow)
+  fid, sfid, is, kid, pr, dc                    by Inception-v3, --inception=FILE: the field's own
+  fd_dinov2, kd_dinov2, pr_dinov2, dc_dinov2    by DINOv2, --dinov2=FILE
+  fd_own, kd_own, pr_own, dc_own, is_own        by a classifier trained here, --classifier=WORKDIR, where Inception does not suit
+  floor                                         the distances asked for, of real held-out images: what a perfect model would have
+  nearest                                       a picture of samples with the training images nearest to them, to see copies
+
+fd: Frechet distance, kd: kernel distance, pr: precision and recall, dc: density and coverage. Prints each figure with what it is of
+and writes it to WORKDIR/evaluation. Samples are drawn as sample.py draws them and kept there; stopped, it goes on where it was, and
+another metric of the same samples draws nothing. Every device and process takes its share.
 """
 
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
 import jax
+import jax.numpy as jnp
+import numpy as np
 from absl import flags
 
 import jaxdiff as jd
 from jaxdiff import cli, data, evaluation, experiment
 from jaxdiff import mesh as meshes
 from jaxdiff import run as runs
+from jaxdiff.evaluation import references, report, samples
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "What train.py wrote to.")
-flags.DEFINE_string(
-    "metrics",
-    "bpd_elbo",
-    "Comma-separated: bpd_elbo (variational bound; in continuous time down to logsnr 10, unless the schedule was learned), "
-    "bpd_ode (exact, probability flow).",
-)
-flags.DEFINE_string("split", "test", "Which split of the data.")
+flags.DEFINE_string("metrics", "bpd_elbo", "Comma-separated, see above.")
+flags.DEFINE_string("split", None, "Which split of the data (default: for bits test, for a reference the one trained on).")
 flags.DEFINE_string("data_dir", None, "Where the data is (default: the config's data_dir).")
-flags.DEFINE_integer("num", 0, "Only the first so many images; 0 is all.")
-flags.DEFINE_integer("batch_size", 0, "Images at once; 0 is config.sampling.batch_size.")
+flags.DEFINE_integer(
+    "num", 0, "Bits: only the first so many images, 0 for all. Distances: so many samples; 0 is 50,000, or with a classifier's "
+    "features as many as the reference has, if fewer.",
+)  # fmt: skip
+flags.DEFINE_integer("batch_size", 0, "Images at once; 0 is config.sampling.batch_size, and 100 through a feature network.")
 flags.DEFINE_integer("terms", 128, "bpd_elbo: steps or times drawn for each image; 0 is every step (1000 times without a table).")
-flags.DEFINE_integer("steps", 50, "bpd_ode: steps of the integrator, four evaluations each.")
-flags.DEFINE_integer("seed", 0, "Of the random numbers.")
+flags.DEFINE_integer("steps", None, "bpd_ode: steps of the integrator, four evaluations each (50). Sampling steps (the config's).")
+flags.DEFINE_string("solver", None, "Samples: as sample.py's, such as unipc or 'ddim(eta=1.0)' (default: the config's).")
+flags.DEFINE_string("times", None, "Samples: the grid, such as uniform (default: the config's).")
+flags.DEFINE_float("guidance", None, "Samples: classifier-free guidance; 1 is none (default: the config's).")
+flags.DEFINE_integer("label", None, "Samples: the class, -1 for none (default: each class in turn).")
+flags.DEFINE_integer("seed", 0, "Of the random numbers.", lower_bound=0, upper_bound=2**32 - 1)
 flags.DEFINE_integer("step", None, "The checkpoint kept at this training step (default: the newest).")
 flags.DEFINE_string("ema", None, "One of config.training.ema, or 'power(0.07)', say, from snapshots (default: the config's).")
+flags.DEFINE_string("samples", None, "Images at hand instead of the model's: an .npz (images, or ADM's arr_0), or a folder.")
+flags.DEFINE_string("reference", None, "An .npz of statistics or images, pytorch-fid's, ADM's or ours, instead of --split.")
+flags.DEFINE_string("save_reference", None, "Also write the reference's statistics to this .npz, which pytorch-fid and ADM read.")
+flags.DEFINE_string("held_out", "test", "floor, nearest: the split of real images that the model was not trained on.")
+flags.DEFINE_string("inception", None, "Inception's weights, as pytorch-fid publishes them.")
+flags.DEFINE_enum("resize", "pytorch", ["pytorch", "tensorflow"], "How images are brought to Inception: as pytorch-fid, or as ADM.")
+flags.DEFINE_string("dinov2", None, "DINOv2's weights.")
+flags.DEFINE_string("classifier", None, "The workdir of a classifier of such images, for its features.")
 flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several processes are not found automatically.")
 flags.DEFINE_integer("processes", None, "How many processes there are.")
 flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
+
+ALLOWED = (*evaluation.METRICS, *report.METRICS, *report.BESIDES)
 
 
 def main() -> None:
     if FLAGS.workdir is None:
         raise jd.InputError("which model? Give --workdir=DIR, the folder that train.py wrote to")
     metrics = [name.strip() for name in FLAGS.metrics.split(",") if name.strip()]
-    unknown = [name for name in metrics if name not in evaluation.METRICS]
-    if unknown or not metrics:
-        raise jd.InputError(f"metrics={FLAGS.metrics!r} is unknown; allowed: {', '.join(evaluation.METRICS)}")
-    for name in ("num", "batch_size", "terms", "seed"):
+    if not metrics or set(metrics) - set(ALLOWED):
+        raise jd.InputError(f"metrics={FLAGS.metrics!r} is unknown; allowed: {', '.join(ALLOWED)}")
+    for name in ("num", "batch_size", "terms"):
         if FLAGS[name].value < 0:  # type: ignore[operator]
             raise jd.InputError(f"{name}={FLAGS[name].value} is negative")
     meshes.connect(FLAGS.coordinator, FLAGS.processes, FLAGS.process)
+    if "floor" in metrics and not takes(metrics) & set(report.FLOORED):
+        raise jd.InputError("floor is of the distances that are asked for beside it, such as fid or fd_own, and there is none")
+    networks = networks_of(metrics)
     run = jd.load(FLAGS.workdir, FLAGS.ema, FLAGS.step)
-    config = run.config
-    settings = evaluation.Settings(FLAGS.terms, FLAGS.steps, FLAGS.seed)
-    built = experiment.build(config)
+    if bits := [name for name in metrics if name in evaluation.METRICS]:
+        bits_per_dim(run, bits)
+    if networks:
+        distances(run, metrics, networks)
+
+
+def bits_per_dim(run, metrics: list[str]) -> None:
+    """Bits per dimension of real images."""
+    config, built, split = run.config, experiment.build(run.config), FLAGS.split or "test"
+    settings = evaluation.Settings(FLAGS.terms, 50 if FLAGS.steps is None else FLAGS.steps, FLAGS.seed)
     for metric in metrics:  # what cannot work is told before the data is decoded
         evaluation.estimator(metric, config, built, run.params, settings)
-    dataset = data.load(config.data.name, FLAGS.split, FLAGS.data_dir or config.data_dir or None, size=config.data.size or None)
-    if dataset.images.shape[1:] != tuple(run.shape):
-        raise jd.InputError(f"the images of {config.data.name} are {dataset.images.shape[1:]}, and this model's are {run.shape}")
+    dataset = load(run, split)
     if FLAGS.num:
         dataset = dataset._replace(images=dataset.images[: FLAGS.num], labels=dataset.labels[: FLAGS.num])
-    if meshes.first_process():
-        print(
-            f"{len(dataset.labels)} images of {config.data.name} {FLAGS.split}, step {run.step}, {jax.device_count()} "
-            f"{jax.devices()[0].device_kind} device(s); the first batch compiles for up to a minute",
-            flush=True,
-        )
+    say(
+        f"{len(dataset.labels)} images of {config.data.name} {split}, step {run.step}, {jax.device_count()} "
+        f"{jax.devices()[0].device_kind} device(s); the first batch compiles for up to a minute"
+    )
     for metric in metrics:
         row = evaluation.evaluate(
             FLAGS.workdir,
@@ -75,10 +109,164 @@ def main() -> None:
             step=run.step,
             ema=str(FLAGS.ema or runs.average(config)),
             data=config.data.name,
-            split=FLAGS.split,
+            split=split,
         )
+        say(_line(row))
+
+
+class Real(NamedTuple):
+    """What samples are compared with: the statistics of --reference or None, the reference's name, and images by their names."""
+
+    stats: references.Described | None
+    name: str
+    images: dict[str, np.ndarray]
+
+
+def distances(run, metrics: list[str], networks: dict) -> None:
+    """Distances of samples from a reference, and what goes with them: one pass of each network over the samples."""
+    of = {network: [m for m in metrics if m in report.METRICS and report.METRICS[m].network == network] for network in networks}
+    extra = [m for m in metrics if m in report.BESIDES]
+    real = read_real(run, extra, FLAGS.save_reference or any(takes(each) for each in of.values()))
+    num = FLAGS.num or how_many(networks, real.stats, real.images.get(real.name))
+    check(run, of, networks, real, num)
+    drawn = given(run, num)
+    for network, seen in networks.items():
+        figures(run, drawn, [*of[network], *extra], seen, real)
+
+
+def takes(metrics: list[str]) -> set[str]:
+    """What metrics take of the reference."""
+    return {of for m in metrics if m in report.METRICS and (of := report.METRICS[m].takes) is not None}
+
+
+def check(run, of: dict[str, list[str]], networks: dict, real: Real, num: int) -> None:
+    """Raises InputError for what cannot work, before anything is drawn."""
+    for network, seen in networks.items():
+        one = jax.ShapeDtypeStruct((1, *run.shape), jnp.uint8)
+        widths = {key: a.shape[1] for key, a in jax.eval_shape(seen.apply, one).items()}
+        references.check(real.stats, real.images.get(real.name), seen, widths, takes(of[network]))
+    least, needs = max([(report.METRICS[m].least, m) for each in of.values() for m in each], default=(2, "nearest"))
+    if num < least:
+        raise jd.InputError(f"num={num} is too few samples: {needs} needs {least} at least")
+    if FLAGS.save_reference and len(networks) > 1:
+        raise jd.InputError(f"--save_reference writes one network's statistics, and these metrics are of {', '.join(networks)}")
+
+
+def figures(run, drawn: samples.Samples, metrics: list[str], seen, real: Real) -> None:
+    """The metrics of one feature network."""
+    train, held_out = names(run)
+    size = FLAGS.batch_size or 100
+    see = functools.cache(lambda name: references.cached(real.images[name], seen, size, name))
+    found = references.describe(drawn.images, seen, size, "samples")
+
+    def against(takes: str) -> references.Described:
+        return real.stats if real.stats is not None and takes in real.stats.moments else see(real.name)
+
+    for metric in (m for m in metrics if m in report.METRICS):
+        to = report.METRICS[metric].takes
+        tell(drawn, report.figure, metric, found, None if to is None else against(to))
+        if "floor" in metrics and to in report.FLOORED:
+            tell(drawn, report.floor, metric, found, see(held_out), against(to))
+    if FLAGS.save_reference:
+        written = against("pool")
         if meshes.first_process():
-            print(_line(row), flush=True)
+            references.write(FLAGS.save_reference, written)
+            say(f"wrote {FLAGS.save_reference}")
+    if "nearest" in metrics:
+        path = tell(drawn, report.nearest, found, see(held_out), see(train))
+        if path is not None:
+            picture = report.picture(json.loads(path.read_text()), drawn.images, real.images[train])
+            jd.pictures.save(path.with_suffix(".png"), picture)
+            say(f"wrote {path.with_suffix('.png')}")
+
+
+def tell(drawn: samples.Samples, make, *sets):
+    """Writes and prints the figure that the first process makes of these sets; its file there, elsewhere None."""
+    if not meshes.first_process():
+        return None
+    row = make(*sets) | {"samples": drawn.facts}
+    say(report.line(row))
+    return report.save(FLAGS.workdir, row)
+
+
+def networks_of(metrics: list[str]) -> dict:
+    """The feature networks of the distances asked for; where floor and nearest stand alone, those whose weights are given."""
+    weights = {"inception": FLAGS.inception, "dinov2": FLAGS.dinov2, "own": FLAGS.classifier}
+    named = {report.METRICS[name].network for name in metrics if name in report.METRICS}
+    if not named and set(metrics) & set(report.BESIDES):
+        named = {name for name, value in weights.items() if value}
+        if not named:
+            raise jd.InputError(f"metrics={FLAGS.metrics!r} need a feature network: give --inception, --dinov2 or --classifier")
+    return {name: features_of(name, weights[name]) for name in report.NETWORKS if name in named}
+
+
+def features_of(network: str, weights: str | None):
+    """One feature network. Raises InputError where its weights are not given or not there."""
+    if network == "own" and not weights:
+        raise jd.InputError("the metrics that end in _own are by a classifier of such images; give its workdir, --classifier=DIR")
+    from jaxdiff.evaluation import features  # type: ignore[attr-defined]
+
+    if network == "inception":
+        return features.inception(weights, getattr(features, f"resize_{FLAGS.resize}"))
+    if network == "dinov2":
+        return features.dinov2(weights)
+    # A folder's name says more than "classifier"; the digest says which it is.
+    return features.classifier(weights)._replace(name=Path(str(weights)).absolute().name)
+
+
+def load(run, split: str) -> data.Dataset:
+    """A split of the data that the model was trained on. Raises InputError where the images are of another shape."""
+    config = run.config
+    dataset = data.load(config.data.name, split, FLAGS.data_dir or config.data_dir or None, size=config.data.size or None)
+    if dataset.images.shape[1:] != tuple(run.shape):
+        raise jd.InputError(f"the images of {config.data.name} are {dataset.images.shape[1:]}, and this model's are {run.shape}")
+    return dataset
+
+
+def names(run) -> tuple[str, str]:
+    """What the splits that the model was trained on, and not, are called."""
+    return f"{run.config.data.name} {run.config.data.split}", f"{run.config.data.name} {FLAGS.held_out}"
+
+
+def read_real(run, extra: list[str], needed) -> Real:
+    """--reference, or a split where a metric needs one; the other two splits where floor or nearest do."""
+    name = f"{run.config.data.name} {FLAGS.split or run.config.data.split}"
+    train, held_out = names(run)
+    if extra and held_out in (train, "" if FLAGS.reference else name):
+        raise jd.InputError(f"held_out={FLAGS.held_out} is what the model was trained on, or the reference; give another split")
+    images = {train: load(run, run.config.data.split).images, held_out: load(run, FLAGS.held_out).images} if extra else {}
+    if FLAGS.reference is None:
+        more = {name: load(run, FLAGS.split or run.config.data.split).images} if needed else {}
+        return Real(None, name, images | more)
+    stats, at_hand = references.read(FLAGS.reference)
+    if at_hand is not None:
+        samples.check(FLAGS.reference, at_hand, run.shape)
+        images[stats.name] = at_hand
+    return Real(stats, stats.name, images)
+
+
+def how_many(networks, stats: references.Described | None, images: np.ndarray | None) -> int:
+    """50,000 samples, as the field has it; by a classifier's features alone as many as the reference has, if fewer."""
+    n = len(images) if images is not None else stats.n if stats is not None else None
+    return report.FULL if set(networks) != {"own"} or n is None else min(report.FULL, n)
+
+
+def given(run, num: int) -> samples.Samples:
+    """The samples: the model's, or those at hand."""
+    names = ("steps", "solver", "times", "guidance", "label")
+    settings = {name: FLAGS[name].value for name in names if FLAGS[name].value is not None}
+    if FLAGS.samples is not None:
+        if settings:
+            raise jd.InputError(f"--{next(iter(settings))} is of drawing, and --samples are images at hand; give one of the two")
+        return samples.at_hand(FLAGS.samples, run.shape, FLAGS.num)
+    say(f"{num} samples at step {run.step}, drawn once and kept in {FLAGS.workdir}/evaluation")
+    drawn = samples.drawn(FLAGS.workdir, run, num, FLAGS.seed, settings)
+    return drawn._replace(facts=drawn.facts | {"step": run.step, "ema": str(FLAGS.ema or runs.average(run.config))})
+
+
+def say(text: str) -> None:
+    if meshes.first_process():
+        print(text, flush=True)
 
 
 def _line(row: dict) -> str:

@@ -76,7 +76,7 @@ def main() -> None:
     if FLAGS.image is not None:
         images = edited(run, key, num, settings | {"label": labels})
     elif out.suffix == ".npz" and large:
-        images = kept(run, key, num, labels, settings, parts)
+        images = runs.kept(run, parts, FLAGS.seed, num, labels, settings)
     else:
         images = run.generate(key, num, label=labels, **settings)
     if out.suffix == ".png":
@@ -100,26 +100,6 @@ def target(path, flag: str, suffixes: tuple[str, ...]):
     if path.is_dir():
         raise jd.InputError(f"{flag}={path} is a directory; give the name of a file")
     return path
-
-
-def kept(run, key, num: int, labels, settings: dict, parts) -> np.ndarray:
-    """Many images, in parts that are kept in the folder `parts` until all are written."""
-    keys, size = jd.sample_keys(key, num), run.config.sampling.batch_size
-    guides = {"classifier": shards.digest(settings["classifier"].params)} if "classifier" in settings else {}
-    asked = {
-        **settings,
-        **guides,
-        "seed": FLAGS.seed,
-        "labels": None if labels is None else labels.tolist(),
-        "model": shards.digest(run.params),
-    }
-
-    def draw(rows):
-        # The last part is filled up, so that all parts have one shape and one compiled program.
-        full = np.minimum(np.arange(rows[0], rows[0] + size), num - 1)
-        return run.generate(keys[full], size, label=None if labels is None else labels[full], **settings)[: len(rows)]
-
-    return shards.drawn(parts, asked, num, size, draw)
 
 
 def edited(run, key, num: int, settings: dict) -> np.ndarray:

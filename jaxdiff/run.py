@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from jaxdiff import codec as codecs
-from jaxdiff import editing, sampling, solvers, times
+from jaxdiff import editing, sampling, shards, solvers, times
 from jaxdiff import guidance as guide
 from jaxdiff import mesh as meshes
 from jaxdiff.classifier import LogProb, classifier
@@ -535,3 +536,27 @@ def showcase(run: Run, key: Array, n: int, label: Any = None, **settings: Any) -
     labels, columns, settings = chosen(run, n, label, **settings)
     images = run.generate(key, n, label=labels, **settings)
     return images, columns, None if labels is None else labels.astype(np.int32)
+
+
+def asked(run: Run, seed: int, labels: np.ndarray | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """What images drawn with these settings depend on, all of it, as JSON: models by their digests."""
+    config = run.config
+    guides = {"classifier": shards.digest(settings["classifier"].params)} if "classifier" in settings else {}
+    built = {"process": config.process.to_dict(), "codec": config.data.codec, "clip": config.sampling.clip}
+    which = {"seed": seed, "labels": None if labels is None else labels.tolist(), "model": shards.digest(run.params)}
+    return {"times": config.sampling.times, **settings, **guides, **which, **built}
+
+
+def kept(run: Run, folder: epath.Path, seed: int, num: int, labels: np.ndarray | None, settings: dict[str, Any]) -> np.ndarray:
+    """Many images, uint8 [num, H, W, C], in parts that are kept in `folder`: stopped, the same call goes on where it was.
+
+    `labels` and `settings` as of `chosen`. Raises InputError where the folder holds parts of another request.
+    """
+    keys, size = sampling.sample_keys(jax.random.key(seed), num), run.config.sampling.batch_size
+
+    def draw(rows: np.ndarray) -> np.ndarray:
+        # The last part is filled up, so that all parts have one shape and one compiled program.
+        full = np.minimum(np.arange(rows[0], rows[0] + size), num - 1)
+        return run.generate(keys[full], size, label=None if labels is None else labels[full], **settings)[: len(rows)]
+
+    return shards.drawn(folder, asked(run, seed, labels, settings), num, size, draw)

@@ -32,8 +32,9 @@ def begun(folder: epath.Path) -> bool:
 def drawn(folder: epath.Path, asked: dict[str, Any], n: int, size: int, draw: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """The n images [n, ...] that `draw(rows)` makes, `size` rows at a time; each part is kept in `folder`, and not drawn again.
 
-    `asked` says what is drawn, JSON that must not change between calls. A part that cannot be read is drawn again. Raises
-    InputError where the folder holds the parts of another request, or does not say of which.
+    `asked` says what is drawn, JSON that must not change between calls. A part that cannot be read is drawn again. Of several
+    processes all draw, the first writes, and all read the one folder. Raises InputError where the folder holds the parts of another
+    request, does not say of which, or is not there for every process.
     """
     text = json.dumps({**asked, "num": n, "part": size}, sort_keys=True, indent=1)
     request = folder / "request.json"
@@ -41,19 +42,25 @@ def drawn(folder: epath.Path, asked: dict[str, Any], n: int, size: int, draw: Ca
         _check_request(folder, request, text)
     starts = range(0, n, size)
     parts = [_read(_part(folder, start), min(size, n - start)) for start in starts]
+    # All processes take part in drawing, so all must know of the same parts.
+    whole_ones = meshes.agree(np.array([part is not None for part in parts], np.int32)).astype(bool)
+    if lost := [start for start, part, there in zip(starts, parts, whole_ones) if there and part is None]:
+        raise InputError(f"{_part(folder, lost[0])} is not there for every process; the folder must be one that all share")
+    parts = [part if there else None for part, there in zip(parts, whole_ones)]
     there = sum(len(part) for part in parts if part is not None)
-    with tqdm(total=n, initial=there, desc="sampling", unit="image", disable=len(starts) == 1) as bar:
+    quiet = len(starts) == 1 or not meshes.first_process()
+    with tqdm(total=n, initial=there, desc="sampling", unit="image", disable=quiet) as bar:
         for i, start in enumerate(starts):
             if parts[i] is not None:
                 continue
-            images = draw(np.arange(start, min(start + size, n)))
-            if not goes_on:
-                # Before the first part, so that no part is without one; after drawing, so that what cannot be drawn leaves nothing.
-                folder.mkdir(parents=True, exist_ok=True)
-                whole(request, lambda file: file.write(text.encode()))
-                goes_on = True
-            write(_part(folder, start), images)
-            parts[i] = images
+            parts[i] = images = draw(np.arange(start, min(start + size, n)))
+            if meshes.first_process():
+                if not goes_on:
+                    # Before the first part, so that no part is without; after drawing, so that what cannot be drawn leaves nothing.
+                    folder.mkdir(parents=True, exist_ok=True)
+                    whole(request, lambda file: file.write(text.encode()))
+                    goes_on = True
+                write(_part(folder, start), images)
             bar.update(len(images))
     return np.concatenate(parts)  # type: ignore[arg-type]
 
@@ -68,9 +75,9 @@ def _check_request(folder: epath.Path, request: epath.Path, text: str) -> None:
         json.loads(asked)
     except (FileNotFoundError, ValueError):
         damaged = f"{folder} holds parts, but {request.name} there, which says of what, is damaged or not there"
-        raise InputError(f"{damaged}; remove the folder, or give another --out") from None
+        raise InputError(f"{damaged}; remove the folder, or write elsewhere") from None
     if asked != text:
-        raise InputError(f"{folder} holds part of another request (see {request}); remove it, or give another --out")
+        raise InputError(f"{folder} holds part of another request (see {request}); remove it, or write elsewhere")
 
 
 def _read(path: epath.Path, rows: int) -> np.ndarray | None:
