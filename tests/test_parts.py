@@ -253,6 +253,7 @@ def test_parts_that_cannot_be_are_refused_in_one_line(fields, said):
     [
         (models.LinearBetaSinusoidal(8, shift=0, cos_first=1), schedules.linear_beta()),
         (models.CosineBetaSinusoidal(8, steps=4000, scale=0.25), schedules.cosine_beta(4000)),
+        (models.ScaledLinearBetaSinusoidal(8), schedules.scaled_linear_beta()),
     ],
 )
 def test_a_table_of_levels_is_heard_as_its_rows(part, schedule):
