@@ -11,6 +11,7 @@ import pytest
 import jaxdiff as jd
 from jaxdiff import experiment, targets
 from jaxdiff.interop import files, scheduler, source, unet2d, workdir
+from jaxdiff.interop import folder as folders
 from jaxdiff.names import named
 
 torch = pytest.importorskip("torch", reason="a reference implementation; not a dependency")
@@ -177,9 +178,9 @@ def test_the_same_output_there_and_back(name, tmp_path):
     again = imported(tmp_path / "ours", tmp_path / "w2")
     assert again.config == run.config
     jax.tree.map(np.testing.assert_array_equal, again.params, run.params)
-    assert {k: v for k, v in back.scheduler.config.items() if k in unet2d.scheduler.DEFAULTS} == {
+    assert {k: v for k, v in back.scheduler.config.items() if k in scheduler.DEFAULTS} == {
         k: "fixed_small" if v == "fixed_large" else v for k, v in diffusers.DDPMScheduler(**MODELS[name][1]).config.items()
-        if k in unet2d.scheduler.DEFAULTS
+        if k in scheduler.DEFAULTS
     }  # fmt: skip
 
 
@@ -256,8 +257,8 @@ def test_a_trained_null_label_goes_out_as_the_last_class_and_comes_back(tmp_path
     x = image(2, 8, 1)
     near(ours(run, x, 500, np.array([-1, 1])), theirs(model, x, 500, [2, 1]))
     unet2d.export(run, tmp_path / "ours")
-    want = files.read(folder / "unet" / unet2d.WEIGHTS[0])
-    for name, a in files.read(tmp_path / "ours" / "unet" / unet2d.WEIGHTS[0]).items():
+    want = files.read(folder / "unet" / folders.WEIGHTS[0])
+    for name, a in files.read(tmp_path / "ours" / "unet" / folders.WEIGHTS[0]).items():
         np.testing.assert_array_equal(a, want[name])
 
 

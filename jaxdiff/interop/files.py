@@ -2,7 +2,7 @@
 
 import json
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,28 +48,6 @@ def write(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
     temporary = path.with_name(path.name + ".partial")
     save_file({name: np.ascontiguousarray(a) for name, a in tensors.items()}, temporary, metadata={"format": "pt"})
     temporary.replace(path)
-
-
-def settings(path: str | Path) -> dict[str, Any]:
-    """What a .json file of settings says. Raises InputError where it is not there, or no JSON of names and values."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path} is not there")
-    try:
-        said = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path} is no JSON: {error}") from error
-    if not isinstance(said, dict):
-        raise InputError(f"{path} is no JSON of names and values, but of type {type(said).__name__}")
-    return said
-
-
-def first(folder: str | Path, names: Sequence[str]) -> Path:
-    """The first of these files that the folder has. Raises InputError where it has none."""
-    found = [Path(folder) / name for name in names if (Path(folder) / name).is_file()]
-    if not found:
-        raise InputError(f"{folder} holds no weights; looked for: {', '.join(names)}")
-    return found[0]
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, np.ndarray]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from jaxdiff.errors import InputError
-from jaxdiff.interop import files, unet2d
+from jaxdiff.interop import files, folder, unet2d
 from jaxdiff.interop.workdir import Imported
 
 ALLOWED = "a folder that diffusers wrote a UNet2DModel to, or its DDPMPipeline, DDIMPipeline or PNDMPipeline"
@@ -23,11 +23,11 @@ def read(source: str | Path, null_class: bool = False) -> Imported:
     raise InputError(f"SOURCE={path} ({kind}) is of a family that is not read; allowed: {ALLOWED}")
 
 
-def _class_of(folder: Path) -> str:
+def _class_of(place: Path) -> str:
     """The class that a folder's model_index.json (a pipeline's) or config.json (a model's) names."""
     for name in ("model_index.json", "config.json"):
-        if (folder / name).is_file():
-            return str(files.settings(folder / name).get("_class_name"))
+        if (place / name).is_file():
+            return str(folder.read_json(place / name).get("_class_name"))
     return "with neither model_index.json nor config.json"
 
 

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from jaxdiff import experiment, models, names
 from jaxdiff.errors import InputError
-from jaxdiff.interop import files, mapping, scheduler, workdir
+from jaxdiff.interop import folder, mapping, scheduler, workdir
 from jaxdiff.interop.mapping import Layout, Row, conv, dense, module, norm
 from jaxdiff.interop.scheduler import text
 from jaxdiff.models.parts import group_count
@@ -73,31 +73,25 @@ UP = {"UpBlock2D": (False, "conv"), "ResnetUpsampleBlock2D": (False, "resnet"), 
 BLOCKS = {"default": "ResBlock", "scale_shift": "ADMBlock"}
 PADDED = ("Down", "ADMDown")  # by downsample_padding
 
-WEIGHTS = (
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model.safetensors.index.json",
-    "diffusion_pytorch_model.bin",
-)
 # A model that can be guided was trained with its label dropped; how often, its files do not tell. Ho and Salimans' choice.
 DROPPED = 0.1
 
 
-def read(folder: str | Path, null_class: bool = False) -> workdir.Imported:
-    """The UNet2DModel of a pipeline's folder (unet/, scheduler/), or of one with config.json and the weights in it.
+def read(source: str | Path, null_class: bool = False) -> workdir.Imported:
+    """The UNet2DModel of a pipeline's folder (unet/ and scheduler/), or of one with config.json and the weights in it.
 
     With `null_class` the last of its classes is the null label, as of models trained to be guided without a classifier. Raises
     InputError that names a value, or a tensor, that there is no network here of.
     """
-    folder = Path(folder)
-    place = folder / "unet" if (folder / "unet").is_dir() else folder
-    around = (folder / "scheduler", folder, folder.parent / "scheduler")
+    pipeline = Path(source)
+    place = pipeline / "unet" if (pipeline / "unet").is_dir() else pipeline
+    around = (pipeline / "scheduler", pipeline, pipeline.parent / "scheduler")
     found = [at for at in (each / "scheduler_config.json" for each in around) if at.is_file()]
-    table = files.settings(found[0]) if found else {}
-    config = config_of(files.settings(place / "config.json"), table, null_class)
-    weights = files.first(place, WEIGHTS)
-    params = params_of(config, files.read(weights))
+    theirs, state = folder.read(place)
+    config = config_of(theirs, folder.read_json(found[0]) if found else {}, null_class)
     missing = "there is no scheduler_config.json: the table is taken to be DDPM's, of 1000 linear betas, and the target eps"
-    return workdir.Imported("diffusers' UNet2DModel", config, params, (weights,), () if found else (missing,))
+    notes = () if found else (missing,)
+    return workdir.Imported("diffusers' UNet2DModel", config, params_of(config, state), (folder.weights(place),), notes)
 
 
 def config_of(theirs: Mapping[str, Any], table: Mapping[str, Any], null_class: bool = False) -> ConfigDict:
@@ -282,26 +276,23 @@ def _renamed(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {k: a.reshape(a.shape[:2]) if ".attentions." in k and a.shape[2:] == (1, 1) else a for k, a in renamed.items()}
 
 
-def export(run: Run, folder: str | Path) -> None:
+def export(run: Run, to: str | Path) -> None:
     """Writes the model of a run as diffusers' DDPMPipeline, which DDIMPipeline loads as well: model_index.json, unet/, scheduler/.
 
     Where the null label was trained it becomes the last class. Read again it is the same, bit by bit. Raises InputError for a
     network that no UNet2DModel is, above all one that does not hear the rows of a table, and where the folder has a model already.
     """
-    folder, config = Path(folder), run.config
+    to, config = Path(to), run.config
     unet, table = settings(config, run.params), scheduler.write(config)
-    if (folder / "model_index.json").exists():
-        raise InputError(f"{folder} holds a model already; give a new folder")
     index = {
         "_class_name": "DDPMPipeline",
         "scheduler": ["diffusers", table["_class_name"]],
         "unet": ["diffusers", unet["_class_name"]],
     }
-    for at, said in (("unet/config", unet), ("scheduler/scheduler_config", table), ("model_index", index)):
-        path = folder / f"{at}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(said, indent=2) + "\n")
-    files.write(folder / "unet" / WEIGHTS[0], mapping.save(run.params, rows(config, run.params)))
+    folder.write(to / "unet", unet, mapping.save(run.params, rows(config, run.params)))
+    (to / "scheduler").mkdir(exist_ok=True)
+    for at, said in (("scheduler/scheduler_config", table), ("model_index", index)):
+        (to / f"{at}.json").write_text(json.dumps(said, indent=2) + "\n")
 
 
 class Part(NamedTuple):
