@@ -6,7 +6,7 @@ import re
 import runpy
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -17,17 +17,20 @@ from jaxdiff.errors import InputError, RunError, nearest
 from jaxdiff.experiment import check_keys
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses the command line and calls `main`; wrong input prints one line on stderr and leaves with exit code 2, a run that
-    cannot go on with 1."""
-    program = Path(sys.argv[0]).name
+def run(main: Callable[..., None], *arguments: str) -> None:
+    """Parses the command line and calls `main` with what it gives for these positional `arguments`, as "WORKDIR".
+
+    Wrong input prints one line on stderr and leaves with exit code 2, a run that cannot go on with 1.
+    """
+    script = Path(sys.argv[0])
+    program = script.parent.name if script.name == "__main__.py" else script.name  # of python -m
     warnings.formatwarning = lambda message, *args, **kwargs: f"{program}: {message}\n"
     # What cannot be written is told in one line; Orbax would log it with a traceback as well.
     logging.set_verbosity(logging.FATAL)
     try:
-        _parse(sys.argv)
+        given = _parse(sys.argv, arguments)
         enable_compile_cache()
-        main()
+        main(*given)
     except InputError as error:
         print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
@@ -50,7 +53,8 @@ def enable_compile_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(root / "jaxdiff" / "xla"))
 
 
-def _parse(argv: list[str]) -> None:
+def _parse(argv: list[str], arguments: Sequence[str] = ()) -> list[str]:
+    """The positional arguments; flags are where absl keeps them."""
     app.define_help_flags()
     try:
         rest = flags.FLAGS(argv)
@@ -59,10 +63,13 @@ def _parse(argv: list[str]) -> None:
         getattr(config, "keys", None)  # what stands for a file that failed to load raises here
     except Exception as error:  # a config file is a program, and may raise anything
         raise InputError(_explain(argv, error)) from error
-    if len(rest) > 1:
-        raise InputError(f"unexpected argument {rest[1]!r}; options are written --name=value")
+    if len(rest) > 1 + len(arguments):
+        raise InputError(f"unexpected argument {rest[1 + len(arguments)]!r}; options are written --name=value")
+    if len(rest) < 1 + len(arguments):
+        raise InputError(f"{arguments[len(rest) - 1]} is missing; the command is written {' '.join(arguments)} [--name=value ...]")
     if given:
         check_keys(config)
+    return rest[1:]
 
 
 def _explain(argv: list[str], error: Exception) -> str:

@@ -23,6 +23,7 @@ __all__ = [
     "edm",
     "learned",
     "linear_beta",
+    "scaled_linear_beta",
     "shifted",
     "sigmoid",
     "straight",
@@ -89,6 +90,18 @@ def linear_beta(steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> S
         raise ValueError(f"linear_beta needs steps >= 1 and 0 < first <= last < 1, got {steps=}, {first=}, {last=}")
     log_alpha_bar = np.concatenate([[0.0], np.cumsum(np.log1p(-np.linspace(first, last, steps)))])
     return Partial(_table, log_alpha_bar)
+
+
+def scaled_linear_beta(steps: int = 1000, first: float = 0.00085, last: float = 0.012) -> Schedule:
+    """Latent diffusion's table: betas whose square roots are linear from that of `first` to that of `last`; row i at t = i / steps.
+
+    Between the rows log alpha_bar is interpolated. Source: the public code of Rombach et al. 2022 (there called "linear"), with the
+    ends of Stable Diffusion. Raises ValueError for steps < 1 or betas outside 0 < first <= last < 1.
+    """
+    if steps < 1 or not 0 < first <= last < 1:
+        raise ValueError(f"scaled_linear_beta needs steps >= 1 and 0 < first <= last < 1, got {steps=}, {first=}, {last=}")
+    beta = np.linspace(np.sqrt(first), np.sqrt(last), steps) ** 2
+    return Partial(_table, np.concatenate([[0.0], np.cumsum(np.log1p(-beta))]))
 
 
 def cosine_beta(steps: int = 1000, s: float = 0.008, largest: float = 0.999) -> Schedule:

@@ -114,3 +114,28 @@ def test_a_config_file_that_forgets_to_return(run, tmp_path):
 def test_a_file_with_an_argument_gets_it_when_asked_for_an_unknown_key(said, tmp_path):
     config = edited(tmp_path, "def get_config()", "def get_config(size)")
     assert "unknown config key config.stpes; did you mean 'steps'" in said(f"{config}:8", "--config.stpes=3")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["a"], "TO is missing; the command is written FROM TO [--name=value ...]"),
+        ([], "FROM is missing; the command is written FROM TO"),
+        (["a", "b", "c"], "unexpected argument 'c'; options are written --name=value"),
+    ],
+)
+def test_positional_arguments_are_asked_for(monkeypatch, capsys, given, words):
+    """A command that has any is given just those, before, between and after its flags; its name is that of the package."""
+    monkeypatch.setattr(flags, "FLAGS", flags.FlagValues())
+    flags.DEFINE_string("name", None, "", flag_values=flags.FLAGS)
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    seen: list = []
+    for argv in (["a", "--name=x", "b"], ["--name=x", "a", "b"], ["a", "b", "--name", "x"]):
+        monkeypatch.setattr(sys, "argv", ["there/interop/__main__.py", *argv])
+        cli.run(lambda *got: seen.append((*got, flags.FLAGS.name)), "FROM", "TO")
+    assert seen == 3 * [("a", "b", "x")]
+    monkeypatch.setattr(sys, "argv", ["there/interop/__main__.py", *given])
+    with pytest.raises(SystemExit) as error:
+        cli.run(seen.append, "FROM", "TO")
+    err = capsys.readouterr().err
+    assert (error.value.code, len(seen), err.count("\n")) == (2, 3, 1) and err.startswith("interop: ") and words in err

@@ -13,6 +13,7 @@ UNIT = {  # the schedules whose t runs over [0, 1]
     "straight": schedules.straight,
     "linear_beta": schedules.linear_beta(),
     "cosine_beta": schedules.cosine_beta(),
+    "scaled_linear_beta": schedules.scaled_linear_beta(),
     "sigmoid": schedules.sigmoid(),
     "sigmoid_steep": schedules.sigmoid(0.0, 3.0, 0.3),
     "vp": schedules.vp(),
@@ -118,6 +119,20 @@ def test_linear_beta_between_rows_has_the_geometric_mean(x64):
 def test_linear_beta_refuses_what_is_no_table(bad):
     with pytest.raises(ValueError, match="linear_beta needs"):
         schedules.linear_beta(**bad)
+
+
+@pytest.mark.parametrize(("steps", "first", "last"), [(1000, 0.00085, 0.012), (50, 1e-3, 0.3), (1, 0.1, 0.1)])
+def test_scaled_linear_beta_is_its_table(steps, first, last, x64):
+    beta = np.linspace(first**0.5, last**0.5, steps) ** 2
+    level = schedules.scaled_linear_beta(steps, first, last)(jnp.arange(1, steps + 1) / steps)
+    np.testing.assert_allclose(level.alpha, np.sqrt(np.cumprod(1 - beta)), rtol=1e-13)
+    np.testing.assert_allclose(level.sigma, np.sqrt(1 - np.cumprod(1 - beta)), rtol=2e-13)
+
+
+@pytest.mark.parametrize("bad", [{"steps": 0}, {"first": 0.0}, {"first": 0.1, "last": 0.05}, {"last": 1.0}])
+def test_scaled_linear_beta_refuses_what_is_no_table(bad):
+    with pytest.raises(ValueError, match="scaled_linear_beta needs"):
+        schedules.scaled_linear_beta(**bad)
 
 
 @pytest.mark.parametrize("steps", [1000, 50, 4000])

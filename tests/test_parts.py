@@ -161,6 +161,42 @@ def test_blocks_that_resample_average_and_repeat_on_both_ways():
         close(shortcut, (small @ kernel + bias) * np.sqrt(0.5), atol=1e-4)
 
 
+@pytest.mark.parametrize("part", [parts.ResBlockDown, parts.ResBlockUp, parts.ADMBlockDown, parts.ADMBlockUp])
+def test_blocks_that_resample_without_a_linear_map(part):
+    """Where the branch says nothing, just the neighbours' mean or the repeated positions; other channels need a map."""
+    x, embedding = image(2, 4, 6, 8), image(2, 32)
+    small = parts.halve(x) if part.__name__.endswith("Down") else parts.double(x)
+    out, params = called(part(8), x, embedding, False)
+    p = params["params"]
+    assert set(p) == {"norm1", "conv1", "embed", "norm2", "conv2"} and jnp.abs(out - small).max() > 1e-3
+    assert p["embed"]["bias"].shape == (16 if part.__name__.startswith("ADM") else 8,)
+    p = {**p, "conv2": jax.tree.map(jnp.zeros_like, p["conv2"])}
+    close(called(part(8), x, embedding, False, params={"params": p})[0], small)
+    assert "shortcut" in called(part(4), x, embedding, False)[1]["params"]
+
+
+def test_attention_without_a_norm_looks_at_its_input_itself():
+    x = image(2, 4, 4, 8)
+    out, params = called(parts.Attention(2), x)
+    p = dict(params["params"])
+    seen = parts.norm(8, jnp.float32).apply({"params": p.pop("norm")}, x)
+    bare, _ = called(parts.BareAttention(2), seen, params={"params": p})
+    close(bare - seen, out - x)
+    assert set(called(parts.BareAttention(2), x)[1]["params"]) == {"q", "k", "v", "out"}
+
+
+def test_a_middle_without_attention_is_one_whose_attention_adds_nothing():
+    x, fields = image(2, 4, 4, 3), TINY | {"multipliers": (1,), "attention": (0,), "remat": True}
+    params = woken(UNet(**fields), x)
+    p = dict(params["params"])
+    p["middle_attention"] = jax.tree.map(jnp.zeros_like, p["middle_attention"])
+    want = UNet(**fields).apply({"params": p}, x, jnp.zeros(()))
+    del p["middle_attention"]
+    got = UNet(**fields, middle_attend=parts.NoAttention).apply({"params": p}, x, jnp.zeros(()))
+    np.testing.assert_array_equal(got, want)
+    assert jnp.abs(UNet(**fields).apply(params, x, jnp.zeros(())) - want).max() > 1e-4
+
+
 def test_a_sum_scaled_by_the_root_of_a_half():
     x, embedding = image(2, 4, 4, 8), image(2, 32)
     out, params = called(parts.ResBlock(8), x, embedding, False)
@@ -253,6 +289,7 @@ def test_parts_that_cannot_be_are_refused_in_one_line(fields, said):
     [
         (models.LinearBetaSinusoidal(8, shift=0, cos_first=1), schedules.linear_beta()),
         (models.CosineBetaSinusoidal(8, steps=4000, scale=0.25), schedules.cosine_beta(4000)),
+        (models.ScaledLinearBetaSinusoidal(8), schedules.scaled_linear_beta()),
     ],
 )
 def test_a_table_of_levels_is_heard_as_its_rows(part, schedule):

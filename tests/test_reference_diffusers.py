@@ -15,6 +15,9 @@ from jaxdiff.sampling import solve
 torch = pytest.importorskip("torch", reason="a reference implementation; not a dependency")
 diffusers = pytest.importorskip("diffusers", reason="a reference implementation; not a dependency")
 
+from ml_collections import ConfigDict
+
+from jaxdiff.interop import mapping, unet2d
 from jaxdiff.models.unet import TIME_PER_LOGSNR, UNet
 
 SHAPE = (2, 3, 3)
@@ -131,39 +134,6 @@ def test_solve_gives_what_their_loop_gives():
     np.testing.assert_allclose(state.x, x.numpy(), rtol=1e-5, atol=1e-5)
 
 
-def names(levels, blocks, attention):
-    """Our module's path -> theirs."""
-    last = levels - 1
-    out = {"conv_in": "conv_in", "conv_out": "conv_out", "norm_out": "conv_norm_out"}
-    out |= {"embed1": "time_embedding.linear_1", "embed2": "time_embedding.linear_2"}
-
-    def block(mine, other):
-        parts = {"norm1": "norm1", "conv1": "conv1", "embed": "time_emb_proj", "norm2": "norm2", "conv2": "conv2"}
-        return {f"{mine}/{a}": f"{other}.{b}" for a, b in (parts | {"shortcut": "conv_shortcut"}).items()}
-
-    def attend(mine, other):
-        parts = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
-        return {f"{mine}/{a}": f"{other}.{b}" for a, b in parts.items()}
-
-    for level in range(levels):
-        down, up = f"down_blocks.{level}", f"up_blocks.{last - level}"
-        out |= {f"down{level}/conv": f"{down}.downsamplers.0.conv", f"up{level}/conv": f"{up}.upsamplers.0.conv"}
-        for way, other, n in (("down", down, blocks), ("up", up, blocks + 1)):
-            for i in range(n):
-                out |= block(f"{way}{level}_{i}_block", f"{other}.resnets.{i}")
-                out |= attend(f"{way}{level}_{i}_attention", f"{other}.attentions.{i}") if level in attention else {}
-    out |= attend("middle_attention", "mid_block.attentions.0")
-    return out | block("middle_block1", "mid_block.resnets.0") | block("middle_block2", "mid_block.resnets.1")
-
-
-def to_torch(path, a, shape):
-    """A parameter in their layout: kernels [*space, in, out] -> [out, in, *space]; a 1x1 shortcut is a convolution there."""
-    a = np.asarray(a)
-    if path.endswith("kernel"):
-        a = np.moveaxis(a, (-1, -2), (0, 1))
-    return torch.from_numpy(a.reshape(tuple(shape)).copy())
-
-
 @pytest.mark.slow
 def test_unet_is_theirs():
     """The configuration of google/ddpm-cifar10-32 with fewer levels and blocks, every weight random and mapped by name.
@@ -198,15 +168,9 @@ def test_unet_is_theirs():
         return (rng.standard_normal(a.shape) * scale).astype(np.float32)
 
     params = jax.tree.map(draw, shapes)
-    table, state = names(2, 1, (1,)), other.state_dict()
-    given = set()
-    for path, a in jax.tree_util.tree_leaves_with_path(params["params"]):
-        *modules, leaf = (entry.key for entry in path)
-        name = table["/".join(modules)] + (".bias" if leaf == "bias" else ".weight")
-        state[name] = to_torch(leaf, a, state[name].shape)
-        given.add(name)
-    assert given == set(state)
-    other.load_state_dict(state)
+    config = ConfigDict({"model": {"multipliers": (1, 2), "blocks": 1}, "process": {"drop_label": 0.0}})
+    state = mapping.save(params, unet2d.rows(config, params))
+    other.load_state_dict({name: torch.from_numpy(a) for name, a in state.items()})
     with torch.no_grad():
         time = torch.from_numpy(TIME_PER_LOGSNR * snr)
         want = other(torch.from_numpy(np.moveaxis(x, -1, 1).copy()), time).sample.numpy()

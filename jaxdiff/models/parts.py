@@ -6,7 +6,7 @@ A part is a module that the skeleton (`unet.UNet`, `classifier.Classifier`) call
     embed(channels, classes, augment, time)(logsnr [B], cond) -> [B, 4 channels]     all that is not the image, as one vector
     enter(channels, dtype)(x) -> h                                           the image, as features
     block, down, up(channels, dropout, dtype)(h, embedding, train) -> h      at the same, half or twice the size
-    attend(heads, dtype)(h) -> h
+    attend, middle_attend(heads, dtype)(h) -> h                              the second in the middle alone
     leave(out_channels, dtype)(h, x) -> y                                    the output, float32
     pool(classes, heads, dtype)(h) -> logits [B, classes]                    a classifier's, float32
 
@@ -49,8 +49,12 @@ def norm(channels: int, dtype: Dtype, name: str | None = None, epsilon: float = 
     A group of one channel would take away all that the embedding adds: the network would not see the noise level. `groups` above 0
     is how many there are whatever the channels, for networks trained that way.
     """
-    groups = groups or math.gcd(min(32, max(channels // 4, 1)), channels)
-    return nn.GroupNorm(groups, epsilon=epsilon, dtype=dtype, name=name)
+    return nn.GroupNorm(group_count(channels, groups), epsilon=epsilon, dtype=dtype, name=name)
+
+
+def group_count(channels: int, groups: int = 0) -> int:
+    """How many groups `norm` makes of that many channels."""
+    return groups or math.gcd(min(32, max(channels // 4, 1)), channels)
 
 
 def double(x: Array) -> Array:
@@ -133,6 +137,16 @@ class LinearBetaSinusoidal(TableSinusoidal):
 
     def table(self) -> np.ndarray:
         return _rows(schedules.linear_beta(self.steps, self.first, self.last))
+
+
+class ScaledLinearBetaSinusoidal(TableSinusoidal):
+    """TableSinusoidal of `schedules.scaled_linear_beta(steps, first, last)`."""
+
+    first: float = 0.00085
+    last: float = 0.012
+
+    def table(self) -> np.ndarray:
+        return _rows(schedules.scaled_linear_beta(self.steps, self.first, self.last))
 
 
 class CosineBetaSinusoidal(TableSinusoidal):
@@ -285,11 +299,8 @@ class ADMBlock(ResBlock):
         return self.norm2(h) * (1 + scale) + shift
 
 
-class ADMBlockDown(ADMBlock):
-    """Half the size by an ADMBlock that averages neighbours after its first norm, and around, there without a linear map.
-
-    Source: Dhariwal and Nichol 2021, section 3, who take it from BigGAN.
-    """
+class ResBlockDown(ResBlock):
+    """Half the size by a ResBlock that averages neighbours after its first norm, and around, there without a linear map."""
 
     def resample(self, h: Array) -> Array:
         return halve(h)
@@ -299,11 +310,8 @@ class ADMBlockDown(ADMBlock):
         return x if x.shape == shape else nn.Dense(self.channels, dtype=self.dtype, kernel_init=INIT, name="shortcut")(x)
 
 
-class ADMBlockUp(ADMBlock):
-    """Twice the size by an ADMBlock that repeats positions after its first norm, and around, there without a linear map.
-
-    Source: Dhariwal and Nichol 2021, section 3, who take it from BigGAN.
-    """
+class ResBlockUp(ResBlock):
+    """Twice the size by a ResBlock that repeats positions after its first norm, and around, there without a linear map."""
 
     def resample(self, h: Array) -> Array:
         return double(h)
@@ -311,6 +319,14 @@ class ADMBlockUp(ADMBlock):
     def around(self, x: Array, shape: tuple[int, ...]) -> Array:
         x = double(x)
         return x if x.shape == shape else nn.Dense(self.channels, dtype=self.dtype, kernel_init=INIT, name="shortcut")(x)
+
+
+class ADMBlockDown(ADMBlock, ResBlockDown):
+    """ResBlockDown with ADMBlock's embedding. Source: Dhariwal and Nichol 2021, section 3, who take it from BigGAN."""
+
+
+class ADMBlockUp(ADMBlock, ResBlockUp):
+    """ResBlockUp with ADMBlock's embedding. Source: Dhariwal and Nichol 2021, section 3, who take it from BigGAN."""
 
 
 class VDMBlock(ResBlock):
@@ -390,13 +406,33 @@ class Attention(nn.Module):
     def __call__(self, x: Array) -> Array:
         batch, channels = x.shape[0], x.shape[-1]
         heads = channels // self.width if self.width else self.heads
-        h = norm(channels, self.dtype, "norm", self.epsilon, self.groups)(x).reshape(batch, -1, channels)
+        h = self.before(x).reshape(batch, -1, channels)
         q, k, v = (
             nn.Dense(channels, dtype=self.dtype, kernel_init=INIT, name=name)(h).reshape(batch, -1, heads, channels // heads)
             for name in ("q", "k", "v")
         )
         h = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
         return (x + nn.Dense(channels, dtype=self.dtype, kernel_init=ZERO, name="out")(h)) * self.scale
+
+    def before(self, x: Array) -> Array:
+        return norm(x.shape[-1], self.dtype, "norm", self.epsilon, self.groups)(x)
+
+
+class BareAttention(Attention):
+    """Attention without a norm before, as diffusers' UNet2DModel has it in the middle of a network with scales and shifts."""
+
+    def before(self, x: Array) -> Array:
+        return x
+
+
+class NoAttention(nn.Module):
+    """What a network has in place of attention where it has none: h -> h."""
+
+    heads: int = 1
+    dtype: Dtype = jnp.float32
+
+    def __call__(self, x: Array) -> Array:
+        return x
 
 
 class DDPMppAttention(Attention):

@@ -37,8 +37,8 @@ class Trunk(nn.Module):
     """The way down and the middle of a U-Net: its fields, and what a network that ends otherwise builds on.
 
     `multipliers` gives each level's channels, `attention` the levels (0 is full size) whose every block is followed by attention;
-    the middle always has one. `remat` keeps no activations inside blocks and computes them again for the gradient: less memory,
-    more operations.
+    the middle always has one, `middle_attend` where that is another part than `attend`. `remat` keeps no activations inside blocks
+    and computes them again for the gradient: less memory, more operations.
     """
 
     channels: int = 128
@@ -55,6 +55,7 @@ class Trunk(nn.Module):
     enter: Part = Enter
     block: Part = ResBlock
     attend: Part = Attention
+    middle_attend: Part | None = None
     down: Part = Down
 
     def hear(self, x: Array, logsnr: Array, cond: Any, classes: int, augment: int) -> Array:
@@ -82,7 +83,8 @@ class Trunk(nn.Module):
     def middle(self, h: Array, embedding: Array, train: bool) -> Array:
         last = len(self.multipliers) - 1
         h = self.call(self.block, last, "middle_block1", h, embedding, train)
-        return self.call(self.block, last, "middle_block2", self.look("middle", h), embedding, train)
+        h = self.look("middle", h, self.middle_attend)
+        return self.call(self.block, last, "middle_block2", h, embedding, train)
 
     def call(self, part: Part, level: int, name: str, h: Array, embedding: Array, train: bool) -> Array:
         """A block, down or up, at a level."""
@@ -90,9 +92,10 @@ class Trunk(nn.Module):
         part = _remat(part, 3) if self.remat else part  # argument 3, counted with self, is `train`: a Python bool
         return part(channels, self.dropout, self.dtype, name=name)(h, embedding, train)
 
-    def look(self, name: str, h: Array) -> Array:
+    def look(self, name: str, h: Array, attend: Part | None = None) -> Array:
         """Attention after the block of that name."""
-        attend = _remat(self.attend) if self.remat else self.attend
+        attend = attend or self.attend
+        attend = _remat(attend) if self.remat else attend
         return attend(self.heads, self.dtype, name=f"{name}_attention")(h)
 
     def inline(self, part: nn.Module) -> Any:
