@@ -9,8 +9,9 @@ import pytest
 from ml_collections import ConfigDict
 from test_unet import count, image, random_like, shapes, woken
 
-from jaxdiff import models
+from jaxdiff import models, schedules, times
 from jaxdiff.errors import InputError
+from jaxdiff.level import Level, logsnr
 from jaxdiff.models import parts
 from jaxdiff.models.unet import UNet
 
@@ -245,3 +246,24 @@ def test_parts_that_cannot_be_are_refused_in_one_line(fields, said):
     with pytest.raises(InputError) as error:
         built(**fields)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "schedule"),
+    [
+        (models.LinearBetaSinusoidal(8, shift=0, cos_first=1), schedules.linear_beta()),
+        (models.CosineBetaSinusoidal(8, steps=4000, scale=0.25), schedules.cosine_beta(4000)),
+    ],
+)
+def test_a_table_of_levels_is_heard_as_its_rows(part, schedule):
+    """At every row the features are those of the integer itself, but for the angle's rounding; between two they lie between."""
+    steps = part.steps
+    levels = times.grid(schedule, np.arange(1, steps + 1) / steps)
+    rows = np.arange(steps) * part.scale
+    rates = np.exp(-np.log(10000) * np.arange(4) / (4 - part.shift))
+    want = [np.sin(rows[:, None] * rates), np.cos(rows[:, None] * rates)]
+    got = part.apply({}, logsnr(Level(*map(jnp.asarray, levels))))
+    np.testing.assert_allclose(got, np.concatenate(want[::-1] if part.cos_first else want, axis=1), atol=1e-4)
+    halfway = times.grid(schedule, np.array([100.4, 100.6]) / steps)
+    number = part.apply({}, logsnr(Level(*map(jnp.asarray, halfway))), method="number")
+    np.testing.assert_allclose(number, [99.4, 99.6], atol=0.02)

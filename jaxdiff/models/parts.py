@@ -21,6 +21,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from jaxdiff import schedules
 
 Array = jax.Array
 Dtype = Any
@@ -40,12 +43,13 @@ def conv(
     return nn.Conv(features, (width,) * axes, (stride,) * axes, padding, dtype=dtype, kernel_init=init, name=name)
 
 
-def norm(channels: int, dtype: Dtype, name: str | None = None, epsilon: float = 1e-6) -> nn.GroupNorm:
+def norm(channels: int, dtype: Dtype, name: str | None = None, epsilon: float = 1e-6, groups: int = 0) -> nn.GroupNorm:
     """Group normalisation in 32 groups, fewer where a group would have under 4 channels; statistics in float32.
 
-    A group of one channel would take away all that the embedding adds: the network would not see the noise level.
+    A group of one channel would take away all that the embedding adds: the network would not see the noise level. `groups` above 0
+    is how many there are whatever the channels, for networks trained that way.
     """
-    groups = math.gcd(min(32, max(channels // 4, 1)), channels)
+    groups = groups or math.gcd(min(32, max(channels // 4, 1)), channels)
     return nn.GroupNorm(groups, epsilon=epsilon, dtype=dtype, name=name)
 
 
@@ -78,6 +82,64 @@ class Sinusoidal(nn.Module):
         angle = self.rate * logsnr.astype(jnp.float32)[:, None] * frequencies[None]
         embedding = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
         return jnp.pad(embedding, ((0, 0), (0, self.features % 2)))
+
+
+class TableSinusoidal(nn.Module):
+    """Sines and cosines of the row of a table of noise levels that a logsnr is at: [B] -> [B, features].
+
+    So a network that was trained on the integers 0 ... steps - 1 hears the noise level as every network here does. Between the rows
+    the row number is interpolated; within a hundredth of one it is that integer, which float32's logsnr would miss. The highest
+    frequency is `scale` a row and the lowest about a 10000th of it: exactly where `shift` is 1 (DDPM), times 10000^(2 / features)
+    where it is 0 (Transformer's, ADM and DiT). With `cos_first` 1 the cosines stand before the sines.
+    """
+
+    features: int
+    steps: int = 1000
+    scale: float = 1.0
+    shift: int = 1
+    cos_first: int = 0
+
+    @nn.compact
+    def __call__(self, logsnr: Array) -> Array:
+        half = self.features // 2
+        frequencies = jnp.exp(-math.log(10000.0) / (half - self.shift) * jnp.arange(half, dtype=jnp.float32))
+        angle = self.scale * self.number(logsnr.astype(jnp.float32))[:, None] * frequencies[None]
+        parts = jnp.sin(angle), jnp.cos(angle)
+        embedding = jnp.concatenate(parts[::-1] if self.cos_first else parts, axis=-1)
+        return jnp.pad(embedding, ((0, 0), (0, self.features % 2)))
+
+    def number(self, logsnr: Array) -> Array:
+        """The number of the row, from 0."""
+        log_alpha_bar = self.table()[1:]
+        falling = (log_alpha_bar - np.log(-np.expm1(log_alpha_bar))).astype(np.float32)
+        row = jnp.interp(logsnr, falling[::-1], np.arange(self.steps, dtype=np.float32)[::-1])
+        return jnp.where(jnp.abs(row - jnp.round(row)) < 0.01, jnp.round(row), row)
+
+    def table(self) -> np.ndarray:
+        """log alpha_bar before the first row, 0, and at each, float64 [steps + 1]."""
+        raise NotImplementedError
+
+
+def _rows(schedule: Any) -> np.ndarray:
+    (log_alpha_bar,) = schedule.args  # a schedule of a table is a Partial that holds it
+    return log_alpha_bar
+
+
+class LinearBetaSinusoidal(TableSinusoidal):
+    """TableSinusoidal of `schedules.linear_beta(steps, first, last)`."""
+
+    first: float = 1e-4
+    last: float = 0.02
+
+    def table(self) -> np.ndarray:
+        return _rows(schedules.linear_beta(self.steps, self.first, self.last))
+
+
+class CosineBetaSinusoidal(TableSinusoidal):
+    """TableSinusoidal of `schedules.cosine_beta(steps)`."""
+
+    def table(self) -> np.ndarray:
+        return _rows(schedules.cosine_beta(self.steps))
 
 
 class LearnedSinusoidal(nn.Module):
@@ -182,11 +244,12 @@ class ResBlock(nn.Module):
     dtype: Dtype = jnp.float32
     epsilon: float = 1e-6
     scale: float = 1.0
+    groups: int = 0
 
     @nn.compact
     def __call__(self, x: Array, embedding: Array, train: bool) -> Array:
         axes = x.ndim - 2
-        h = self.resample(nn.silu(norm(x.shape[-1], self.dtype, "norm1", self.epsilon)(x)))
+        h = self.resample(nn.silu(norm(x.shape[-1], self.dtype, "norm1", self.epsilon, self.groups)(x)))
         h = conv(self.channels, 3, axes, self.dtype, name="conv1")(h)
         h = nn.silu(self.condition(h, nn.silu(embedding)))
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
@@ -208,7 +271,7 @@ class ResBlock(nn.Module):
         return self.norm2(h + _spread(shift, h))
 
     def norm2(self, h: Array) -> Array:
-        return norm(self.channels, self.dtype, "norm2", self.epsilon)(h)
+        return norm(self.channels, self.dtype, "norm2", self.epsilon, self.groups)(h)
 
 
 class ADMBlock(ResBlock):
@@ -233,6 +296,20 @@ class ADMBlockDown(ADMBlock):
 
     def around(self, x: Array, shape: tuple[int, ...]) -> Array:
         x = halve(x)
+        return x if x.shape == shape else nn.Dense(self.channels, dtype=self.dtype, kernel_init=INIT, name="shortcut")(x)
+
+
+class ADMBlockUp(ADMBlock):
+    """Twice the size by an ADMBlock that repeats positions after its first norm, and around, there without a linear map.
+
+    Source: Dhariwal and Nichol 2021, section 3, who take it from BigGAN.
+    """
+
+    def resample(self, h: Array) -> Array:
+        return double(h)
+
+    def around(self, x: Array, shape: tuple[int, ...]) -> Array:
+        x = double(x)
         return x if x.shape == shape else nn.Dense(self.channels, dtype=self.dtype, kernel_init=INIT, name="shortcut")(x)
 
 
@@ -297,21 +374,25 @@ class Up(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all positions, with norm before and a residual around. Source: DDPM appendix B."""
+    """Self-attention over all positions, with norm before and a residual around. Source: DDPM appendix B.
+
+    `width` above 0 is the channels of a head, whatever `heads` says (Dhariwal and Nichol 2021, section 3).
+    """
 
     heads: int = 1
     dtype: Dtype = jnp.float32
     epsilon: float = 1e-6
     scale: float = 1.0
+    width: int = 0
+    groups: int = 0
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         batch, channels = x.shape[0], x.shape[-1]
-        h = norm(channels, self.dtype, "norm", self.epsilon)(x).reshape(batch, -1, channels)
+        heads = channels // self.width if self.width else self.heads
+        h = norm(channels, self.dtype, "norm", self.epsilon, self.groups)(x).reshape(batch, -1, channels)
         q, k, v = (
-            nn.Dense(channels, dtype=self.dtype, kernel_init=INIT, name=name)(h).reshape(
-                batch, -1, self.heads, channels // self.heads
-            )
+            nn.Dense(channels, dtype=self.dtype, kernel_init=INIT, name=name)(h).reshape(batch, -1, heads, channels // heads)
             for name in ("q", "k", "v")
         )
         h = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
@@ -359,10 +440,11 @@ class Leave(nn.Module):
     out_channels: int
     dtype: Dtype = jnp.float32
     epsilon: float = 1e-6
+    groups: int = 0
 
     @nn.compact
     def __call__(self, h: Array, x: Array) -> Array:
-        h = nn.silu(norm(h.shape[-1], self.dtype, "norm_out", self.epsilon)(h))
+        h = nn.silu(norm(h.shape[-1], self.dtype, "norm_out", self.epsilon, self.groups)(h))
         return conv(self.out_channels, 3, h.ndim - 2, self.dtype, ZERO, name="conv_out")(h).astype(jnp.float32)
 
 
@@ -374,7 +456,7 @@ class ResidualLeave(Leave):
 
     @nn.compact
     def __call__(self, h: Array, x: Array) -> Array:
-        h = nn.silu(norm(h.shape[-1], self.dtype, "norm_out", self.epsilon)(h))
+        h = nn.silu(norm(h.shape[-1], self.dtype, "norm_out", self.epsilon, self.groups)(h))
         return x + conv(self.out_channels, 3, h.ndim - 2, self.dtype, ZERO, name="conv_out")(h).astype(jnp.float32)
 
 

@@ -55,6 +55,11 @@ def snapshots(workdir) -> contextlib.AbstractContextManager[Checkpoints]:
     return _open(place(workdir) / SNAPSHOTS, None, 0, ("ema", "meta"))
 
 
+def imported(workdir) -> contextlib.AbstractContextManager[Checkpoints]:
+    """A workdir's checkpoints opened for writing averages alone, in a `with`: an imported model has no state to go on from."""
+    return _open(place(workdir) / FOLDER, None, 0, ("ema", "meta"))
+
+
 def snapshot_steps(workdir) -> list[int]:
     """The steps of the good snapshots, newest first."""
     folder = place(workdir) / SNAPSHOTS
@@ -112,7 +117,7 @@ def save(checkpoints: Checkpoints, state: TrainState, config: ConfigDict) -> Non
 
 
 def save_snapshot(checkpoints: Checkpoints, step: int, ema: dict[str, Any], config: ConfigDict) -> None:
-    """Begins to save averages alone, for reconstructing others from them later."""
+    """Begins to save averages alone: a snapshot, for reconstructing others from it later, or an imported model."""
     import orbax.checkpoint as ocp
 
     _save(checkpoints, step, {"ema": ocp.args.StandardSave(ema)}, config, ema)
@@ -228,8 +233,12 @@ def newest_good(workdir, items: tuple[str, ...] = ("state", "ema", "meta")) -> t
 def recover(workdir, report: Callable[[str], None]) -> int | None:
     """The step to go on from. Checkpoints with damage are reported and moved to `damaged/`, so that training can write them again.
 
-    Raises InputError where there are finished checkpoints and every one is damaged.
+    Raises InputError where there are finished checkpoints and every one is damaged, and for an imported model's workdir.
     """
+    for number in steps(place(workdir) / FOLDER):
+        alone = place(workdir) / FOLDER / str(number)
+        if not (alone / "state").exists() and damage(alone, ("ema", "meta")) is None:
+            raise InputError(f"workdir {workdir} holds an imported model, without a state to go on from; give another --workdir")
     step, bad = newest_good(workdir)
     folder, aside = place(workdir) / FOLDER, place(workdir) / DAMAGED
     if step is None and any(not problem.startswith("half-written") for problem in bad.values()):

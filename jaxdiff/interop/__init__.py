@@ -1,0 +1,1 @@
+"""Published weights in and out: files of tensors, mappings of names, workdirs."""
