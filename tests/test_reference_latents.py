@@ -15,7 +15,7 @@ diffusers = pytest.importorskip("diffusers", reason="a reference implementation;
 
 import jaxdiff as jd
 from jaxdiff import models, solvers
-from jaxdiff.interop import autoencoder, dit, folder
+from jaxdiff.interop import autoencoder, dit, files, folder, mapping
 
 VAE = {
     "in_channels": 3,
@@ -28,6 +28,11 @@ VAE = {
     "norm_num_groups": 8,
     "sample_size": 32,
     "scaling_factor": 0.31,
+}
+FOUR_LEVELS = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (32,) * 4,
 }
 DIT = {
     "num_attention_heads": 3,
@@ -167,6 +172,107 @@ def test_transformer_out_and_in_again_is_exact(tmp_path):
     config_again, params_again = dit.of_diffusers(*folder.read(tmp_path / "ours"), {})
     assert config_again.to_dict() == config.to_dict()
     jax.tree.map(np.testing.assert_array_equal, params, params_again)
+
+
+def authors_names(state):
+    """The tensors as the authors of DiT name them: q, k and v in one, one embedder, and the places."""
+    made = {}
+    for name, a in state.items():
+        at = name.split(".")
+        if at[0] == "transformer_blocks":
+            made[f"blocks.{at[1]}.{'.'.join(at[2:])}"] = a
+        else:
+            made[name] = a
+    for i in range(2):
+        for leaf in ("weight", "bias"):
+            made[f"blocks.{i}.attn.qkv.{leaf}"] = np.concatenate([made.pop(f"blocks.{i}.attn1.to_{n}.{leaf}") for n in "qkv"])
+    pairs = [("pos_embed.proj", "x_embedder.proj"), ("proj_out_1", "final_layer.adaLN_modulation.1")]
+    pairs += [("proj_out_2", "final_layer.linear"), ("blocks.0.norm1.emb.timestep_embedder.linear_1", "t_embedder.mlp.0")]
+    pairs += [("blocks.0.norm1.emb.timestep_embedder.linear_2", "t_embedder.mlp.2")]
+    pairs += [("blocks.0.norm1.emb.class_embedder", "y_embedder")]
+    for i in range(2):
+        of_block = [("norm1.linear", "adaLN_modulation.1"), ("attn1.to_out.0", "attn.proj")]
+        of_block += [("ff.net.0.proj", "mlp.fc1"), ("ff.net.2", "mlp.fc2")]
+        pairs += [(f"blocks.{i}.{a}", f"blocks.{i}.{b}") for a, b in of_block]
+    out = {}
+    for name, a in made.items():
+        if name.startswith("blocks.1.norm1.emb"):
+            continue
+        for theirs, own in pairs:
+            name = name.replace(theirs + ".", own + ".", 1) if name.startswith(theirs + ".") else name
+        out[name] = a
+    return out
+
+
+@pytest.mark.slow
+def test_the_authors_file_of_dit(tmp_path):
+    """Their network is diffusers' but for the frequencies of time and the epsilon of the norm before an MLP; torch.save's file."""
+    other = transformer(num_attention_heads=6, attention_head_dim=64, num_layers=2, norm_eps=1e-6)
+    for block in other.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+    state = authors_names({name: a.numpy() for name, a in other.state_dict().items()})
+    assert {name.split(".")[0] for name in state} == {"x_embedder", "t_embedder", "y_embedder", "blocks", "final_layer"}
+    state["pos_embed"] = other.pos_embed.pos_embed.numpy()
+    saved = {name: torch.from_numpy(a) for name, a in state.items()}
+    torch.save({"ema": saved, "opt": {}, "model": {}}, tmp_path / "DiT-S-2-64x64.pt")
+    dit.convert(tmp_path / "DiT-S-2-64x64.pt", tmp_path / "out")
+    with pytest.raises(jd.InputError, match="first_stage"):  # such a file has none
+        jd.load(tmp_path / "out")
+    vae(**FOUR_LEVELS).save_pretrained(tmp_path / "vae")
+    autoencoder.convert(tmp_path / "vae", tmp_path / "out" / "first_stage")
+    assert jd.load(tmp_path / "out").shape == (64, 64, 3)
+    with pytest.raises(jd.InputError, match="pos_embed is not the sines"):
+        dit.of_original(state | {"pos_embed": 1 - state["pos_embed"]})
+    config, params = dit.of_original(state)
+    assert config.data.shape == (64, 64, 3) and config.model.heads == 6 and config.model.classes == 5
+    run = jax.jit(models.build(config.model).apply)
+    x, labels = image(3, 8, 8, 4), np.array([0, -1, 3])
+    for t in (0, 400, 999):
+        with torch.no_grad():
+            want = other(first(x), torch.full((3,), t), torch.from_numpy(labels % 6)).sample
+        level = jd.schedules.linear_beta()(jnp.full((3, 1, 1, 1), (t + 1) / 1000, jnp.float32))
+        close(run(params, x, jd.logsnr(level), {"label": labels}), last(want))
+
+
+@pytest.mark.slow
+def test_the_compvis_file_of_an_autoencoder(tmp_path):
+    """Its names and 1x1 convolutions, as diffusers' own converter reads them; the architecture is read off the shapes."""
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    other = vae(block_out_channels=(32, 32, 64), norm_num_groups=32)
+    other.save_pretrained(tmp_path)
+    config, params = autoencoder.of_diffusers(*folder.read(tmp_path))
+    state = mapping.save(params, autoencoder.compvis_rows(params))
+    assert state["encoder.mid.attn_1.q.weight"].shape == (64, 64, 1, 1) and "decoder.up.1.upsample.conv.weight" in state
+    torches = {f"first_stage_model.{name}": torch.from_numpy(a) for name, a in state.items()}
+    converted = convert_ldm_vae_checkpoint(dict(torches), {"down_block_types": [0] * 3, "up_block_types": [0] * 3})
+    assert all(torch.equal(converted[name].reshape(a.shape), a) for name, a in other.state_dict().items())
+    whole = torches | {"model.diffusion_model.x": torch.zeros(3)}
+    torch.save({"state_dict": whole, "global_step": 1}, tmp_path / "v1.ckpt")
+    again, params_again = autoencoder.of_compvis(files.read(tmp_path / "v1.ckpt"), 32, scale=0.31)
+    assert again.to_dict() == config.to_dict()
+    jax.tree.map(np.testing.assert_array_equal, params, params_again)
+    with pytest.raises(
+        jd.InputError, match=r"encoder\.down\.0\.block\.0\.conv1\.weight is missing: the file holds no KL autoencoder"
+    ):
+        autoencoder.of_compvis({"conv_in.weight": np.zeros(3)})
+
+
+@pytest.mark.slow
+def test_old_names_of_attention_are_read(tmp_path):
+    """As in the files of the published ones, which are of 2022."""
+    other = vae()
+    other.save_pretrained(tmp_path)
+    theirs, state = folder.read(tmp_path)
+    params = autoencoder.of_diffusers(theirs, state)[1]
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {}
+    for name, a in state.items():
+        for new, was in old.items():
+            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{was}.")
+        renamed[name] = a
+    assert renamed.keys() != state.keys()
+    jax.tree.map(np.testing.assert_array_equal, params, autoencoder.of_diffusers(theirs, renamed)[1])
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from jaxdiff import models
 from jaxdiff.errors import InputError
 from jaxdiff.interop import autoencoder, files, folder, mapping, workdir
 from jaxdiff.interop.mapping import Row
+from jaxdiff.models.dit import places
 
 # Where a workdir has its autoencoder, and what data.codec then says.
 FIRST_STAGE = "first_stage"
@@ -128,6 +129,7 @@ def to_diffusers(config: ConfigDict, params: Any, factor: int = FACTOR) -> tuple
 def of_original(state: Mapping[str, np.ndarray], factor: int = FACTOR) -> tuple[ConfigDict, Any]:
     """(config, params) of the authors' own tensors, the average where the file holds one; read off their shapes.
 
+    A SiT's file has the same names and shapes and is not told from a DiT's, but was trained on another path and target.
     Raises InputError for a file of another kind, or a width that is none of S, B, L and XL.
     """
     state = files.below(state, "ema.") or state
@@ -137,8 +139,12 @@ def of_original(state: Mapping[str, np.ndarray], factor: int = FACTOR) -> tuple[
     width, channels, patch, _ = state["x_embedder.proj.weight"].shape
     if width not in HEADS:
         raise InputError(f"a DiT of width {width} is not read: how many heads it has the file does not say; allowed: {list(HEADS)}")
+    side = math.isqrt(state["pos_embed"].shape[1])
+    here = places(side, side, width)[None]
+    if state["pos_embed"].shape != here.shape or not np.allclose(state["pos_embed"], here, atol=1e-3):
+        raise InputError("tensor pos_embed is not the sines of places that a DiT has: the file holds another model")
     config = _config(
-        size=math.isqrt(state["pos_embed"].shape[1]) * patch * factor,
+        size=side * patch * factor,
         channels=channels,
         out_channels=state["final_layer.linear.bias"].size // patch**2,
         table=tuple(BETAS.values()),
