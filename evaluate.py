@@ -27,7 +27,7 @@ import jaxdiff as jd
 from jaxdiff import cli, data, evaluation, experiment
 from jaxdiff import mesh as meshes
 from jaxdiff import run as runs
-from jaxdiff.evaluation import references, report, samples
+from jaxdiff.evaluation import features, references, report, samples
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "What train.py wrote to.")
@@ -202,14 +202,12 @@ def networks_of(metrics: list[str]) -> dict:
 
 def features_of(network: str, weights: str | None):
     """One feature network. Raises InputError where its weights are not given or not there."""
-    if network == "own" and not weights:
-        raise jd.InputError("the metrics that end in _own are by a classifier of such images; give its workdir, --classifier=DIR")
-    from jaxdiff.evaluation import features  # type: ignore[attr-defined]
-
     if network == "inception":
         return features.inception(weights, getattr(features, f"resize_{FLAGS.resize}"))
     if network == "dinov2":
         return features.dinov2(weights)
+    if not weights:
+        raise jd.InputError("the metrics that end in _own are by a classifier of such images; give its workdir, --classifier=DIR")
     # A folder's name says more than "classifier"; the digest says which it is.
     return features.classifier(weights)._replace(name=Path(str(weights)).absolute().name)
 

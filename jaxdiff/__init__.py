@@ -22,6 +22,7 @@ from jaxdiff.classifier import classifier
 from jaxdiff.denoiser import clip_logsnr, denoiser
 from jaxdiff.errors import InputError
 from jaxdiff.export import Exported, export, load_exported
+from jaxdiff.first_stage import load_codec
 from jaxdiff.level import Level, Prediction, beta_std, diffuse, learned_std, logsnr, posterior_std
 from jaxdiff.run import Classifier, Run, Trajectory, load, load_classifier
 from jaxdiff.sampling import prior, sample, sample_keys, solve
@@ -55,6 +56,7 @@ __all__ = [
     "likelihood",
     "load",
     "load_classifier",
+    "load_codec",
     "load_exported",
     "logsnr",
     "losses",

@@ -11,7 +11,7 @@ from jax.tree_util import Partial
 from ml_collections import ConfigDict
 
 from jaxdiff import codec as codecs
-from jaxdiff import models, objectives, schedules, targets, times, weights
+from jaxdiff import first_stage, models, objectives, schedules, targets, times, weights
 from jaxdiff.codec import Codec
 from jaxdiff.data import augment as augments
 from jaxdiff.data import random_flip
@@ -70,8 +70,8 @@ class Experiment(NamedTuple):
     cuts. `loss(params, extra, key, example) -> (loss of each example [B], extra, metrics)`, where metrics hold numbers [] or one a
     sample [B], and among those "logsnr". `extra` is the initial value of what training carries besides the parameters;
     `net(params, cond, key=None) -> Net`, where a key turns dropout on; `schedule(params) -> Schedule`, of None the one
-    before training. `draw` and `objective` are what the config names. `target` is None where the network is a classifier, whose
-    output is logits [B, classes].
+    before training. `shape` is one image's (H, W, C), of which `codec` may make another. `draw` and `objective` are what the config
+    names. `target` is None where the network is a classifier, whose output is logits [B, classes].
     """
 
     init: Callable[[Array], Params]
@@ -96,7 +96,8 @@ def build(config) -> Experiment:
     """
     check_keys(config, BUILT)
     shape, process = _shape(config), config.process
-    codec = named(codecs, _called(config.data.codec), "data.codec")
+    codec = first_stage.of_config(config.data.codec)
+    latent = _latent(config, codec, shape)
     curve = named(schedules, process.schedule, "process.schedule")
     draw = named(times, process.draw, "process.draw")
     weight = named(weights, optional(config, "process", "weight"), "process.weight")
@@ -108,13 +109,16 @@ def build(config) -> Experiment:
     learns = curve if isinstance(curve, Learned) else None
     start = curve if learns is None else learns.at(learns.init(jax.random.key(0)))
     _check(config, model, objective, start, target, draw, weight)
+    _check_sizes(config, model, objective, latent)
+    if first_stage.is_latent(codec):
+        _check_latent(config, objective)
     _check_objective(config, objective, start, target, draw, learns)
     lo, hi = (-LOGSNR_LIMIT, LOGSNR_LIMIT) if learns else _logsnr_range(process, start, draw)
     if target is not None and objective.weighted:
         _check_weight(process, weight, start, draw, target)
     if objective.outputs > 1:
-        model = model.clone(out_channels=objective.outputs * shape[-1])
-    values = codecs.ends(codec, shape)
+        model = model.clone(out_channels=objective.outputs * latent[-1])
+    values = _values(codec, shape, latent)
     density = _density(draw)
 
     def apply(params, cond, key, x, seen):
@@ -126,7 +130,7 @@ def build(config) -> Experiment:
         return clip_logsnr(Partial(apply, params, cond, key), lo, hi)
 
     def init(key: Array) -> Params:
-        network = model.init(key, jnp.zeros((1, *shape)), jnp.zeros(()))
+        network = model.init(key, jnp.zeros((1, *latent)), jnp.zeros(()))
         return network if learns is None else {"network": network, "schedule": learns.init(jax.random.fold_in(key, 1))}
 
     def schedule(params: Params) -> Schedule:
@@ -211,7 +215,12 @@ def check_keys(config, needed: Mapping[str, Sequence[str]] = KEYS) -> None:
     groups = [group for group in KEYS if group]
     _check_group("", config, [*KEYS[""], *groups], [*needed.get("", ()), *filter(None, needed)])
     has_name = isinstance(config.get("model"), ConfigDict) and "name" in config.model
-    classifies = has_name and models.network(config.model.name) is models.Classifier
+    kind = models.network(config.model.name) if has_name else None
+    if kind is models.AutoencoderKL:
+        raise InputError(
+            "model.name='AutoencoderKL' makes latents and diffuses nothing; jaxdiff.load_codec loads one, and data.codec names it"
+        )
+    classifies = kind is models.Classifier
     for group in groups:
         if group in config:
             allowed = models.FIELDS if group == "model" else KEYS[group]
@@ -313,7 +322,7 @@ def _check_weight(process, weight, schedule: Schedule, draw, target: Target) -> 
 
 def _check(config, model, objective, schedule, target, draw, weight) -> None:
     """Raises InputError for what would otherwise fail late, or silently."""
-    process, shape = config.process, _shape(config)
+    process = config.process
     if not isinstance(draw, times.Draw | times.Adaptive):
         raise InputError(f"process.draw={process.draw!r} needs brackets, such as draw_table(1000)")
     if not (_finite(draw.first) and _finite(draw.last)):
@@ -337,18 +346,59 @@ def _check(config, model, objective, schedule, target, draw, weight) -> None:
         raise InputError(f"process.drop_label={process.drop_label!r} is not a probability, 0 to 1")
     if not (_finite(process.data_std) and process.data_std > 0):
         raise InputError(f"process.data_std={process.data_std!r} is not a positive number")
-    halvings = 2 ** (len(model.multipliers) - 1)
-    if any(n % halvings for n in shape[:-1]):
+
+
+def _check_sizes(config, model: models.Network, objective: Objective, latent: tuple[int, ...]) -> None:
+    """Raises InputError where what the codec gives does not fit the network."""
+    shape = tuple(config.data.shape)
+    least, reason = models.divisor(model)
+    encoded = f" ({latent} as data.codec encodes it)" if latent != shape else ""
+    if any(n % least for n in latent[:-1]):
         raise InputError(
-            f"data.shape={shape} does not fit {len(model.multipliers)} levels of model.multipliers: "
-            f"it is (height, width, channels), each size divisible by {halvings}"
+            f"data.shape={shape}{encoded} does not fit {reason}: it is (height, width, channels), each size divisible by {least}"
         )
-    channels = objective.outputs * shape[-1]
+    channels = objective.outputs * latent[-1]
     if channels and model.out_channels not in (None, channels):
         raise InputError(
             f"model.out_channels={model.out_channels!r} is not what process.loss={optional(config, 'process', 'loss')!r} needs; "
-            f"allowed: None, {channels} ({objective.outputs} for each of the {shape[-1]} channels of data.shape)"
+            f"allowed: None, {channels} ({objective.outputs} for each of the {latent[-1]} channels of data.shape{encoded})"
         )
+
+
+def _check_latent(config, objective: Objective) -> None:
+    """Raises InputError for what only pixels can have."""
+    text, augment = optional(config, "process", "loss"), optional(config, "data", "augment")
+    gives = f"and data.codec={config.data.codec!r} gives latents"
+    if objective.outputs and not objective.weighted:
+        raise InputError(f"process.loss={text!r} is a bound on 256 pixel values, {gives}; allowed: simple, hybrid(0.001)")
+    if augment:
+        raise InputError(f"data.augment={augment!r} moves pixels, {gives}; leave it out")
+
+
+def _latent(config, codec: Codec, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of one encoded image. Raises InputError where the codec takes no such image."""
+    try:
+        return latent_shape(codec, shape, 1)[1:]
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"data.shape={shape} does not fit data.codec={config.data.codec!r}: {reason}") from error
+
+
+def latent_shape(codec: Codec, shape: Sequence[int], n: int) -> tuple[int, ...]:
+    """The shape of n encoded images of `shape`."""
+    return jax.eval_shape(codec.encode, jax.random.key(0), jax.ShapeDtypeStruct((n, *shape), jnp.uint8)).shape
+
+
+def _values(codec: Codec, shape: tuple[int, ...], latent: tuple[int, ...]) -> tuple[Array, Array]:
+    """Black and white as the process sees them, [1, ..., 1, C] each.
+
+    A latent has neither; the bound's last term then reads it as pixels of [-1, 1], as the public code of DiT does. That is one row
+    of a table's 1000, and moves nothing but the learned variance.
+    """
+    if not first_stage.is_latent(codec):
+        return codecs.ends(codec, shape)
+    ones = jnp.ones((*(1,) * len(latent), latent[-1]))
+    return -ones, ones
 
 
 def _logsnr_range(process, schedule: Schedule, draw: times.Draw | times.Adaptive) -> tuple[float, float]:

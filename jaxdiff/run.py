@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from jaxdiff import codec as codecs
-from jaxdiff import editing, sampling, shards, solvers, times
+from jaxdiff import editing, first_stage, sampling, shards, solvers, times
+from jaxdiff import experiment as experiments
 from jaxdiff import guidance as guide
 from jaxdiff import mesh as meshes
 from jaxdiff.classifier import LogProb, classifier
@@ -93,8 +94,9 @@ def load(workdir: str | Path, ema: float | str | None = None, step: int | None =
 
     `ema` names another average than config.sampling.ema: one of config.training.ema, or where the workdir holds snapshots
     "power(std)" of any width, put together from them (Karras et al. 2024, section 3). `step` asks for the kept checkpoint of that
-    step instead of the newest. Damaged checkpoints are passed over with a warning. Raises InputError where there is no good
-    checkpoint or no such average, and for a classifier's.
+    step instead of the newest. Damaged checkpoints are passed over with a warning. A first stage that data.codec names is looked
+    for inside `workdir` first, and run.config then says where it was. Raises InputError where there is no good checkpoint or no
+    such average, and for a classifier's or an autoencoder's.
     """
     config, experiment, params, step = _load(workdir, ema, step)
     if experiment.target is None:
@@ -118,6 +120,9 @@ def _load(workdir: str | Path, ema: float | str | None, step: int | None) -> tup
     step, config, bad = checkpoint.restore_meta(workdir, step)
     for number, problem in bad.items():
         warnings.warn(f"checkpoint of step {number} is damaged ({problem}); using step {step}", stacklevel=3)
+    if config.model.name == "AutoencoderKL":
+        raise InputError(f"{workdir} holds an autoencoder, which draws no images; jaxdiff.load_codec loads it, as a codec")
+    config.data.codec = first_stage.found(config.data.codec, workdir)
     experiment = build(config)
     everywhere = meshes.replicated(meshes.make_mesh((-1, 1)))
     params = jax.eval_shape(experiment.init, jax.random.key(0))
@@ -141,6 +146,10 @@ def average(config) -> str:
 def of(config, experiment: Experiment, params: Any, step: int = 0) -> Run:
     """The run of parameters at hand. Runs of one experiment share their compiled samplers. Raises InputError for a classifier's."""
     target_of(experiment)
+    if config.sampling.clip and first_stage.is_latent(experiment.codec):
+        raise InputError(
+            f"sampling.clip=True clips to the values of pixels, and data.codec={config.data.codec!r} gives latents; set it to False"
+        )
 
     def denoise(
         label: Any = None, guidance: float = 1.0, classifier: Classifier | None = None, classifier_scale: float = 1.0
@@ -371,6 +380,8 @@ def _to_edit(experiment: Experiment, image: Any, mask: Any) -> tuple[np.ndarray,
         raise InputError(f"an image to edit is uint8 of shape {experiment.shape} or [n, ...], got {image.dtype} {image.shape}")
     if mask is None:
         return image, None
+    if first_stage.is_latent(experiment.codec):
+        raise InputError("a mask is of pixels, and this model diffuses the latents of its first stage; edit without a mask")
     mask, want = np.asarray(mask), experiment.shape[:-1]
     if mask.shape not in (want, (len(image), *want)) or not ((mask == 0) | (mask == 1)).all():
         raise InputError(
@@ -444,8 +455,7 @@ def solver_of(text: Any, key: str, denoise: Denoiser) -> Solver:
 
 def latent_shape(experiment: Experiment, n: int) -> tuple[int, ...]:
     """The shape of n encoded images."""
-    image = jax.ShapeDtypeStruct((n, *experiment.shape), jnp.uint8)
-    return jax.eval_shape(experiment.codec.encode, jax.random.key(0), image).shape
+    return experiments.latent_shape(experiment.codec, experiment.shape, n)
 
 
 def _labels(
@@ -478,14 +488,21 @@ def _pushed(experiment: Experiment, label: Any, classifier: Classifier, scale: f
         raise InputError(f"the classifier is of images of shape {classifier.shape}, this model draws {experiment.shape}")
     if experiment.classes not in (0, classes):
         raise InputError(f"the classifier knows {classes} classes, this model {experiment.classes}")
-    # A codec of pixels is a line through what it makes of black and of white, whatever a config calls it.
-    ends = (codecs.ends(each, experiment.shape) for each in (classifier.codec, experiment.codec))
-    if any((jnp.abs(a - b) > 1e-3).any() for a, b in zip(*ends)):
+    if not _same(classifier.codec, experiment.codec, experiment.shape):
         raise InputError(f"the classifier was trained with another data.codec, {classifier.config.data.codec!r}, than this model")
     _finite("classifier_scale", scale)
     if label is None:
         raise InputError("a classifier needs a label: without one there is nothing to push towards")
     return _in_range(label, 0, classes)
+
+
+def _same(a: Codec, b: Codec, shape: tuple[int, ...]) -> bool:
+    """Whether two codecs of images of `shape` make the same of them."""
+    latent = [jax.tree.leaves(each.encode) for each in (a, b) if first_stage.is_latent(each)]
+    if latent:  # an autoencoder is its parameters
+        return len(latent) == 2 and all(x.shape == y.shape and bool((x == y).all()) for x, y in zip(*latent))
+    # A codec of pixels is a line through what it makes of black and of white, whatever a config calls it.
+    return all((jnp.abs(x - y) <= 1e-3).all() for x, y in zip(*(codecs.ends(each, shape) for each in (a, b))))
 
 
 def _told(config, experiment: Experiment, label: Any) -> np.ndarray | None:

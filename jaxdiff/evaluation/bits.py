@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxdiff import codec as codecs
-from jaxdiff import guidance, likelihood, schedules, shards, times
+from jaxdiff import first_stage, guidance, likelihood, schedules, shards, times
 from jaxdiff import mesh as meshes
 from jaxdiff.data import Dataset
 from jaxdiff.denoiser import denoiser
@@ -52,6 +52,10 @@ def estimator(metric: str, config, experiment: Experiment, params: Any, settings
         raise InputError(f"metrics={metric!r} is unknown; allowed: {', '.join(METRICS)}")
     if settings.terms < 0 or settings.steps < 1:
         raise InputError(f"terms={settings.terms} and steps={settings.steps} are out of range; at least 0 and 1")
+    if first_stage.is_latent(experiment.codec):
+        raise InputError(
+            f"metrics={metric!r} is of pixels, and data.codec={config.data.codec!r} gives latents, which have no bound"
+        )
     target = target_of(experiment)
     bits, line = METRICS[metric](config, experiment, params, settings)
 

@@ -7,7 +7,10 @@ import sys
 from typing import Any
 
 from jaxdiff.errors import InputError, nearest
+from jaxdiff.models.autoencoder import AutoencoderKL
+from jaxdiff.models.checks import check, divisor
 from jaxdiff.models.classifier import Classifier
+from jaxdiff.models.dit import DiT
 from jaxdiff.models.parts import (
     ADMBlock,
     ADMBlockDown,
@@ -40,7 +43,7 @@ from jaxdiff.models.parts import (
     VDMBlock,
 )
 from jaxdiff.models.unet import Part, UNet
-from jaxdiff.names import parse, whole
+from jaxdiff.names import parse
 
 __all__ = [
     "ADMBlock",
@@ -49,6 +52,7 @@ __all__ = [
     "ADMDown",
     "Attention",
     "AttentionPool",
+    "AutoencoderKL",
     "BareAttention",
     "Classifier",
     "CosineBetaSinusoidal",
@@ -56,6 +60,7 @@ __all__ = [
     "DDPMppBlock",
     "DDPMppDown",
     "DDPMppUp",
+    "DiT",
     "Down",
     "Embed",
     "Enter",
@@ -74,6 +79,8 @@ __all__ = [
     "UNet",
     "Up",
     "VDMBlock",
+    "check",
+    "divisor",
 ]
 
 # Which parts fit which role.
@@ -92,8 +99,8 @@ PARTS: dict[str, tuple[type, ...]] = {
 # The fields of a part that the network fills in; a config may give the others.
 _GIVEN = {"parent", "name", "features", "channels", "dropout", "dtype", "heads", "classes", "augment", "time", "out_channels"}
 
-Network = UNet | Classifier
-NETWORKS = ("UNet", "Classifier")
+Network = UNet | Classifier | DiT | AutoencoderKL
+NETWORKS = ("UNet", "Classifier", "DiT", "AutoencoderKL")
 
 
 def _fields(network: type) -> tuple[str, ...]:
@@ -101,7 +108,7 @@ def _fields(network: type) -> tuple[str, ...]:
 
 
 # What a config's `model` group may hold, some of it for one network only.
-FIELDS = ("name", *dict.fromkeys((*_fields(UNet), *_fields(Classifier))))
+FIELDS = ("name", *dict.fromkeys(field for kind in (UNet, Classifier, DiT, AutoencoderKL) for field in _fields(kind)))
 
 
 def network(name: str) -> type[Network]:
@@ -129,7 +136,7 @@ def build(config) -> Network:
         if key in PARTS:
             fields[key] = _part(key, value)
     model = kind(**fields)
-    _check(model)
+    check(model)
     return model
 
 
@@ -142,28 +149,3 @@ def _part(key: str, text: str) -> Part:
         takes = f"numbers by name: {', '.join(own)}" if own else "nothing in brackets"
         raise InputError(f"model.{key}={text!r} does not fit: {part.__name__} takes {takes}")
     return functools.partial(part, **kwargs) if kwargs else part
-
-
-def _check(model: Network) -> None:
-    """Raises InputError for a number that would fail inside the network, or be passed over there without a word."""
-    if isinstance(model, UNet) and not isinstance(model.attend_each, bool):
-        raise InputError(f"model.attend_each={model.attend_each!r} is out of range; it is True or False")
-    numbers = {"classes": 0, "augment": 0} if isinstance(model, UNet) else {"classes": 2}
-    for key, least in ({"channels": 1, "blocks": 1, "heads": 1} | numbers).items():
-        if not whole(getattr(model, key), least):
-            raise InputError(f"model.{key}={getattr(model, key)!r} is out of range; it is a whole number, at least {least}")
-    if not isinstance(model.dropout, int | float) or not 0 <= model.dropout < 1:
-        raise InputError(f"model.dropout={model.dropout!r} is out of range; it is at least 0 and below 1")
-    levels, attention = model.multipliers, model.attention
-    if not isinstance(levels, tuple) or not levels or not all(whole(m, 1) for m in levels):
-        raise InputError(f"model.multipliers={levels!r} is out of range; it has one whole number a level, each at least 1")
-    if not isinstance(attention, tuple) or not all(whole(a, 0) and a < len(levels) for a in attention):
-        raise InputError(
-            f"model.attention={attention!r} names a level that is not there; allowed: "
-            f"{', '.join(str(level) for level in range(len(levels)))} (levels of model.multipliers, 0 is full size; not sizes)"
-        )
-    # The middle, at the last level, has attention too.
-    common = math.gcd(*(model.channels * levels[level] for level in (*attention, len(levels) - 1)))
-    if common % model.heads:
-        divisors = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
-        raise InputError(f"model.heads={model.heads} does not divide the channels where attention is; allowed: {divisors}")

@@ -1,0 +1,235 @@
+"""The KL autoencoder in two foreign layouts: diffusers' AutoencoderKL, and latent diffusion's own (CompVis)."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxdiff import models
+from jaxdiff.errors import InputError
+from jaxdiff.interop import files, folder, mapping, workdir
+from jaxdiff.interop.mapping import Row
+
+Rules = Sequence[tuple[str, str | Callable[[re.Match], str]]]
+
+# Stable Diffusion's factor on latents; diffusers' default, and no part of a CompVis file.
+SCALE = 0.18215
+# What a CompVis file puts before the names, where it holds a whole latent diffusion model.
+PREFIX = "first_stage_model."
+# What such a file holds besides, and what is only of use for training.
+IGNORED = ("loss.", "model_ema.")
+
+# diffusers' options that our network has one value of.
+FIXED = {
+    "act_fn": "silu",
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+}
+BLOCKS = {"down": "DownEncoderBlock2D", "up": "UpDecoderBlock2D"}
+# diffusers' names of attention in files written before 2023.
+OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
+COMPVIS_ATTENTION = {name: name for name in ("norm", "q", "k", "v")} | {"out": "proj_out"}
+
+
+def convert(source: str | Path, to: str | Path, size: int | None = None) -> None:
+    """Makes a workdir `to` that `jaxdiff.load_codec` takes of a folder of diffusers or a CompVis file.
+
+    `size` is that of the images, which a CompVis file does not say (256 where None). Raises InputError for what is neither.
+    """
+    source = Path(source)
+    if source.is_dir():
+        config, params = of_diffusers(*folder.read(source), size)
+    else:
+        config, params = of_compvis(files.read(source), size or 256)
+    workdir.write(to, config, params)
+
+
+def of_diffusers(theirs: Mapping[str, Any], state: Mapping[str, np.ndarray], size: int | None = None) -> tuple[ConfigDict, Any]:
+    """(config, params) of diffusers' config.json and tensors. Raises InputError for an architecture that ours is not."""
+    config = _config_of_diffusers(theirs, size)
+    state = {re.sub(r"(\.attentions\.\d+)\.(query|key|value|proj_attn)\.", _new, name): a for name, a in state.items()}
+    shapes = _shapes(config)
+    return config, mapping.load(shapes, rows(shapes), state)
+
+
+def to_diffusers(config: ConfigDict, params: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(config.json, tensors) for diffusers' AutoencoderKL. Raises InputError for attention elsewhere than in the middle."""
+    model: Any = models.build(config.model)
+    if model.attention:
+        raise InputError(f"model.attention={config.model.attention} has no place in diffusers' AutoencoderKL; allowed: ()")
+    channels = [model.channels * m for m in model.multipliers]
+    theirs = {
+        "_class_name": "AutoencoderKL",
+        "in_channels": config.data.shape[-1],
+        "out_channels": config.data.shape[-1],
+        "down_block_types": ["DownEncoderBlock2D"] * len(channels),
+        "up_block_types": ["UpDecoderBlock2D"] * len(channels),
+        "block_out_channels": channels,
+        "layers_per_block": model.blocks,
+        "act_fn": "silu",
+        "latent_channels": model.latent_channels,
+        "norm_num_groups": _groups(model),
+        "sample_size": config.data.shape[0],
+        "scaling_factor": model.scale,
+        "mid_block_add_attention": model.get("middle_attend") != "NoAttention",
+    }
+    return theirs, mapping.save(params, rows(_shapes(config)))
+
+
+def of_compvis(state: Mapping[str, np.ndarray], size: int = 256, scale: float = SCALE) -> tuple[ConfigDict, Any]:
+    """(config, params) of latent diffusion's own tensors; the architecture is read off their shapes.
+
+    `size` is that of the images and `scale` the factor on latents, which the file does not say. Raises InputError for a file of
+    another kind.
+    """
+    state = files.below(state, "state_dict.") or state
+    state = files.below(state, PREFIX) or state
+    config = _config_of_compvis(state, size, scale)
+    shapes = _shapes(config)
+    return config, mapping.load(shapes, compvis_rows(shapes), state, IGNORED)
+
+
+def rows(shapes: Any) -> list[Row]:
+    """Our tensors by diffusers' names; its levels of the decoder count from the coarsest."""
+    last = max(int(name[2:]) for name in ("up0", *(n for n in shapes["params"]["decoder"] if re.fullmatch(r"up\d+", n))))
+    rules: Rules = [
+        (r"down(\d+)_(\d+)_block", r"down_blocks.\1.resnets.\2"),
+        (r"down(\d+)/", r"down_blocks.\1.downsamplers.0/"),
+        (r"up(\d+)_(\d+)_block", lambda m: f"up_blocks.{last - int(m[1])}.resnets.{m[2]}"),
+        (r"up(\d+)/", lambda m: f"up_blocks.{last - int(m[1])}.upsamplers.0/"),
+        (r"middle_block(\d)", lambda m: f"mid_block.resnets.{int(m[1]) - 1}"),
+        (r"middle_attention/(\w+)", lambda m: f"mid_block.attentions.0/{ATTENTION[m[1]]}"),
+        (r"norm_out", "conv_norm_out"),
+        (r"shortcut", "conv_shortcut"),
+    ]
+    return _rows(shapes, rules, mapping.dense)
+
+
+def compvis_rows(shapes: Any) -> list[Row]:
+    """Our tensors by latent diffusion's names."""
+    rules: Rules = [
+        (r"(down|up)(\d+)_(\d+)_block", r"\1.\2.block.\3"),
+        (r"(down|up)(\d+)_(\d+)_attention/(\w+)", lambda m: f"{m[1]}.{m[2]}.attn.{m[3]}/{COMPVIS_ATTENTION[m[4]]}"),
+        (r"(down|up)(\d+)/", r"\1.\2.\1sample/"),
+        (r"middle_block(\d)", r"mid.block_\1"),
+        (r"middle_attention/(\w+)", lambda m: f"mid.attn_1/{COMPVIS_ATTENTION[m[1]]}"),
+        (r"shortcut", "nin_shortcut"),
+    ]
+    return _rows(shapes, rules, mapping.pointwise)
+
+
+def _rows(shapes: Any, rules: Rules, attention: mapping.Layout) -> list[Row]:
+    """A row for each of our tensors, whose module is named by the first rule that fits; `attention` is how its maps lie."""
+    made = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes["params"]):
+        ours = "/".join(entry.key for entry in path)
+        *_, module, kind = ours.split("/")
+        name = ours
+        for pattern, there in rules:
+            name = re.sub(pattern, there, name, count=1)
+        theirs = name.replace("/", ".").removesuffix(f".{kind}") + (".bias" if kind == "bias" else ".weight")
+        layout = mapping.same
+        if kind == "kernel":
+            linear = attention if module in ("q", "k", "v", "out") else mapping.pointwise
+            layout = mapping.conv if len(leaf.shape) == 4 else linear
+        made.append(Row(ours, theirs, layout))
+    return made
+
+
+def _config(size: int, image: int, **model: Any) -> ConfigDict:
+    return ConfigDict(
+        dict(
+            seed=0,
+            data=dict(name="", split="", shape=(size, size, image), codec="pixels"),
+            model=dict(name="AutoencoderKL", out_channels=image, dtype="float32", **model),
+            training=dict(ema=(workdir.EMA,)),
+            sampling=dict(ema=workdir.EMA),
+        )
+    )
+
+
+def _middle(attends: bool) -> dict[str, str]:
+    return {} if attends else {"middle_attend": "NoAttention"}
+
+
+def _config_of_diffusers(theirs: Mapping[str, Any], size: int | None) -> ConfigDict:
+    kind = theirs.get("_class_name", "AutoencoderKL")
+    if kind != "AutoencoderKL":
+        raise InputError(f"config.json is of a {kind}, no AutoencoderKL")
+    folder.only(theirs, "an AutoencoderKL", FIXED)
+    channels = list(theirs.get("block_out_channels", (64,)))
+    for way, block in BLOCKS.items():
+        given = list(theirs.get(f"{way}_block_types", [block]))
+        if given != [block] * len(channels):
+            raise InputError(f"an AutoencoderKL with {way}_block_types={given} is not read; allowed: {block}, one a level")
+    image = theirs.get("in_channels", 3)
+    if theirs.get("out_channels", 3) != image:
+        raise InputError(f"an AutoencoderKL with in_channels={image} and another number of out_channels is not read")
+    if any(c % channels[0] for c in channels):
+        raise InputError(f"an AutoencoderKL with block_out_channels={channels} is not read; allowed: multiples of the first")
+    sample = theirs.get("sample_size", 32)
+    return _config(
+        size or (sample if isinstance(sample, int) else sample[0]),
+        image,
+        channels=channels[0],
+        multipliers=tuple(c // channels[0] for c in channels),
+        blocks=theirs.get("layers_per_block", 1),
+        attention=(),
+        **_middle(theirs.get("mid_block_add_attention", True)),
+        latent_channels=theirs.get("latent_channels", 4),
+        groups=theirs.get("norm_num_groups", 32),
+        scale=theirs.get("scaling_factor", SCALE),
+    )
+
+
+def _config_of_compvis(state: Mapping[str, np.ndarray], size: int, scale: float) -> ConfigDict:
+    found = [m for name in state if (m := re.match(r"encoder\.down\.(\d+)\.(block|attn)\.(\d+)\.", name))]
+    blocks = {(int(m[1]), int(m[3])) for m in found if m[2] == "block"}
+    needed = "encoder.conv_in.weight", "decoder.conv_in.weight", "quant_conv.weight", "post_quant_conv.weight"
+    if not blocks or (missing := [name for name in needed if name not in state]):
+        missing = missing if blocks else ["encoder.down.0.block.0.conv1.weight"]
+        raise InputError(f"tensor {missing[0]} is missing: the file holds no KL autoencoder of latent diffusion")
+    levels = 1 + max(level for level, _ in blocks)
+    widths = [state.get(f"encoder.down.{level}.block.0.conv1.weight", np.zeros(0)).shape[0] for level in range(levels)]
+    channels, image = state["encoder.conv_in.weight"].shape[:2]
+    return _config(
+        size,
+        image,
+        channels=channels,
+        multipliers=tuple(max(width // channels, 1) for width in widths),
+        blocks=1 + max(i for _, i in blocks),
+        attention=tuple(sorted({int(m[1]) for m in found if m[2] == "attn"})),
+        **_middle(any(name.startswith("encoder.mid.attn_1.") for name in state)),
+        latent_channels=state["post_quant_conv.weight"].shape[0],
+        groups=32,
+        scale=scale,
+    )
+
+
+def _groups(model: Any) -> int:
+    """The number of groups that all norms have. Raises InputError where they differ: diffusers knows one number."""
+    from jaxdiff.models.parts import norm
+
+    each: set[Any] = {model.groups or norm(model.channels * m, jnp.float32).num_groups for m in model.multipliers}
+    if len(each) > 1:
+        raise InputError(f"norms of {sorted(each)} groups have no place in diffusers' AutoencoderKL; set model.groups")
+    return each.pop()
+
+
+def _new(match: re.Match) -> str:
+    return f"{match[1]}.{OLD[match[2]]}."
+
+
+def _shapes(config: ConfigDict) -> Any:
+    model: Any = models.build(config.model)
+    image = jax.ShapeDtypeStruct((1, *(2 ** len(model.multipliers),) * 2, config.data.shape[-1]), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), image)

@@ -1,0 +1,107 @@
+"""The KL autoencoder of latent diffusion: an image as a Gaussian of few channels at a fraction of the size, and back.
+
+Both ways are the U-Net's (`unet.Trunk`, `parts`) without a noise level, and the way up without skips.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdiff.models.parts import Attention, Leave, ResBlock, Up
+from jaxdiff.models.unet import Part, Trunk
+
+Array = jax.Array
+Dtype = Any
+
+# What a block is given for the embedding that it does not read.
+SILENCE: Any = np.zeros((), np.float32)
+# The bounds of the posterior's log variance: nothing in float32 is lost, and its exponential stays finite.
+LOGVAR = (-30.0, 20.0)
+
+
+class SilentBlock(ResBlock):
+    """ResBlock that hears no noise level. Source: Esser et al. 2021 (VQGAN), table 7."""
+
+    def condition(self, h: Array, embedding: Array) -> Array:
+        return self.norm2(h)
+
+
+class Encoder(Trunk):
+    """Way down and middle, then norm, SiLU and a convolution: [B, *space, C] -> [B, *(space / 2^(levels - 1)), out_channels]."""
+
+    out_channels: int = 8
+    block: Part = SilentBlock
+    leave: Part = Leave
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        h = self.middle(self.descend(x, SILENCE, train)[-1], SILENCE, train)
+        return self.inline(self.leave(self.out_channels, self.dtype))(h, x)
+
+
+class Decoder(Encoder):
+    """Middle and way up: [B, *space, C] -> [B, *(space 2^(levels - 1)), out_channels]."""
+
+    up: Part = Up
+
+    @nn.compact
+    def __call__(self, z: Array, train: bool = False) -> Array:
+        last = len(self.multipliers) - 1
+        h = self.inline(self.enter(self.channels * self.multipliers[last], self.dtype))(z)
+        h = self.middle(h, SILENCE, train)
+        for level in reversed(range(last + 1)):
+            for i in range(self.blocks + 1):
+                h = self.call(self.block, level, f"up{level}_{i}_block", h, SILENCE, train)
+                h = self.look(f"up{level}_{i}", h) if level in self.attention else h
+            h = self.call(self.up, level, f"up{level}", h, SILENCE, train) if level else h
+        return self.inline(self.leave(self.out_channels, self.dtype))(h, z)
+
+
+class AutoencoderKL(nn.Module):
+    """Latent diffusion's first stage: `encode(x) -> (mean, logvar)` of the posterior, `decode(z) -> x`, images at [-1, 1].
+
+    x [B, *space, C] and z [B, *(space / 2^(levels - 1)), latent_channels], float32. `attention` names levels besides the middle,
+    whose attention `middle_attend` is where that is another part,
+    `groups` above 0 the groups of every norm, `out_channels` is the image's C. `scale` is what a codec multiplies a latent by, for
+    a deviation of about 1; here z is unscaled. Raises ValueError where a size does not divide. Source: Rombach et al. 2022,
+    appendix G; the default is Stable Diffusion's (83,653,863 parameters), whose scale is 0.18215.
+    """
+
+    channels: int = 128
+    multipliers: Sequence[int] = (1, 2, 4, 4)
+    blocks: int = 2
+    attention: Sequence[int] = ()
+    middle_attend: Part | None = None
+    latent_channels: int = 4
+    out_channels: int = 3
+    groups: int = 0
+    scale: float = 1.0
+    dropout: float = 0.0
+    dtype: Dtype = jnp.float32
+    remat: bool = False
+
+    def setup(self):
+        same = ("channels", "multipliers", "blocks", "attention", "middle_attend", "dropout", "dtype", "remat")
+        fields: dict[str, Any] = {name: getattr(self, name) for name in same}
+        for role, part in {"block": SilentBlock, "attend": Attention, "leave": Leave}.items():
+            fields[role] = functools.partial(part, groups=self.groups)
+        self.encoder = Encoder(out_channels=2 * self.latent_channels, **fields)
+        self.decoder = Decoder(out_channels=self.out_channels, **fields)
+        self.quant_conv = nn.Dense(2 * self.latent_channels)
+        self.post_quant_conv = nn.Dense(self.latent_channels)
+
+    def encode(self, x: Array, train: bool = False) -> tuple[Array, Array]:
+        mean, logvar = jnp.split(self.quant_conv(self.encoder(x, train)), 2, axis=-1)
+        return mean, jnp.clip(logvar, *LOGVAR)
+
+    def decode(self, z: Array, train: bool = False) -> Array:
+        return self.decoder(self.post_quant_conv(z), train)
+
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        """The posterior's mean, decoded; what makes all parameters."""
+        return self.decode(self.encode(x, train)[0], train)

@@ -1,0 +1,126 @@
+"""The diffusion transformer, DiT: patches of an image as a sequence, the noise level and label by adaptive norms."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdiff.models.parts import INIT, ZERO, Sinusoidal, conv
+from jaxdiff.models.unet import Part
+
+Array = jax.Array
+Dtype = Any
+
+# Peebles and Xie: how many features the noise level is heard as.
+TIME_FEATURES = 256
+SMALL = nn.initializers.normal(0.02)
+
+
+class Block(nn.Module):
+    """Attention and an MLP, whose norms are shifted and scaled, and whose results gated, by the embedding: h [B, N, width] -> same.
+
+    The maps that make shift, scale and gate are zero at first, so that a block is the identity (adaLN-zero). Called as `nn.scan`
+    calls: (h, embedding [B, width]) -> (h, None). Source: Peebles and Xie 2023 (DiT), section 3.2.
+    """
+
+    heads: int
+    dtype: Dtype = jnp.float32
+    mlp_epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, h: Array, embedding: Array) -> tuple[Array, None]:
+        width = h.shape[-1]
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation(6, width, self.dtype)(embedding)
+        h = h + gate1 * self.attend(layer_norm(self.dtype)(h) * (1 + scale1) + shift1)
+        a = layer_norm(self.dtype, self.mlp_epsilon)(h) * (1 + scale2) + shift2
+        a = nn.Dense(4 * width, dtype=self.dtype, kernel_init=INIT, name="mlp1")(a)
+        return h + gate2 * nn.Dense(width, dtype=self.dtype, kernel_init=INIT, name="mlp2")(nn.gelu(a)), None
+
+    def attend(self, h: Array) -> Array:
+        batch, n, width = h.shape
+        q, k, v = (
+            nn.Dense(width, dtype=self.dtype, kernel_init=INIT, name=name)(h).reshape(batch, n, self.heads, width // self.heads)
+            for name in ("q", "k", "v")
+        )
+        h = jax.nn.dot_product_attention(q, k, v).reshape(batch, n, width)
+        return nn.Dense(width, dtype=self.dtype, kernel_init=INIT, name="out")(h)
+
+
+class DiT(nn.Module):
+    """(x [B, H, W, C] at unit scale, logsnr [] or [B, 1, 1, 1], cond) -> float32 [B, H, W, out_channels], as a `UNet` is called.
+
+    H and W are divisible by `patch`. With `classes` > 0 the condition is {"label": int [] or [B]}, -1 being the null label (and
+    what a missing condition means). The blocks are one under `nn.scan`, compiled once whatever the depth: their parameters have a
+    first axis of `depth`. `remat` keeps no activations inside them. `mlp_epsilon` is of the norm before an MLP alone: diffusers has
+    its own. Raises ValueError where a size does not divide. Source: Peebles and Xie 2023, section 3.2 and table 1: S, B, L and XL
+    have width 384, 768, 1024 and 1152, depth 12, 12, 24 and 28, and 6, 12, 16 and 16 heads.
+    """
+
+    patch: int = 2
+    width: int = 384
+    depth: int = 12
+    heads: int = 6
+    classes: int = 0
+    dtype: Dtype = jnp.float32
+    remat: bool = False
+    mlp_epsilon: float = 1e-6
+    time: Part = Sinusoidal
+    out_channels: int | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, logsnr: Array, cond: Any = None, train: bool = False) -> Array:
+        batch, height, width, channels = x.shape
+        if height % self.patch or width % self.patch:
+            raise ValueError(f"patches of {self.patch} need sizes divisible by {self.patch}, got {x.shape[1:-1]}")
+        embedding = self.hear(jnp.broadcast_to(logsnr.reshape(-1), x.shape[:1]), cond)
+        h = conv(self.width, self.patch, 2, self.dtype, stride=self.patch, padding="VALID", name="patches")(x.astype(self.dtype))
+        rows, columns = h.shape[1:3]
+        h = h.reshape(batch, -1, self.width) + jnp.asarray(places(rows, columns, self.width), self.dtype)[None]
+        h = self.through(h, embedding)
+        shift, scale = modulation(2, self.width, self.dtype)(embedding)
+        h = layer_norm(self.dtype)(h) * (1 + scale) + shift
+        out = self.out_channels or channels
+        h = nn.Dense(self.patch**2 * out, dtype=self.dtype, kernel_init=ZERO, name="leave")(h).astype(jnp.float32)
+        h = h.reshape(batch, rows, columns, self.patch, self.patch, out)
+        return h.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height, width, out)
+
+    def hear(self, logsnr: Array, cond: Any) -> Array:
+        """The noise level and the label as one vector a sample, float32 [B, width]; row 0 of the labels' table is the null one."""
+        h = self.time(TIME_FEATURES, name="time")(logsnr)
+        h = nn.Dense(self.width, kernel_init=SMALL, name="embed1")(h)
+        h = nn.Dense(self.width, kernel_init=SMALL, name="embed2")(nn.silu(h))
+        if not self.classes:
+            return h
+        label = jnp.broadcast_to(cond.get("label", -1) if isinstance(cond, Mapping) else -1, logsnr.shape)
+        return h + nn.Embed(self.classes + 1, self.width, embedding_init=SMALL, name="label")(label + 1)
+
+    def through(self, h: Array, embedding: Array) -> Array:
+        # Under a scan nothing can be moved between the two computations of a block, which prevent_cse would guard against.
+        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        along: dict[str, Any] = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "in_axes": nn.broadcast}
+        return nn.scan(block, length=self.depth, **along)(self.heads, self.dtype, self.mlp_epsilon, name="blocks")(h, embedding)[0]
+
+
+def layer_norm(dtype: Dtype, epsilon: float = 1e-6) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=epsilon, use_bias=False, use_scale=False, dtype=dtype)
+
+
+def modulation(parts: int, width: int, dtype: Dtype):
+    """embedding [B, width] -> `parts` arrays [B, 1, width], all zero at first."""
+    dense = nn.Dense(parts * width, dtype=dtype, kernel_init=ZERO, name="modulation")
+    return lambda embedding: jnp.split(dense(nn.silu(embedding))[:, None], parts, axis=-1)
+
+
+def places(rows: int, columns: int, width: int) -> np.ndarray:
+    """Sines and cosines of each patch's place, row by row: float32 [rows * columns, width], width a multiple of 4.
+
+    The first half is of the column and the second of the row; each half has sines, then cosines, at the frequencies
+    10000^(-i / (width / 4)). Source: Peebles and Xie 2023, section 3.2, who take them from Vaswani et al. 2017, section 3.5.
+    """
+    frequencies = 10000.0 ** (-np.arange(width // 4) / (width // 4))
+    row, column = np.mgrid[:rows, :columns].reshape(2, -1, 1)
+    angles = column * frequencies, row * frequencies
+    return np.concatenate([f(angle) for angle in angles for f in (np.sin, np.cos)], axis=-1).astype(np.float32)
