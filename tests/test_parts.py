@@ -181,12 +181,12 @@ def test_strided_convolutions_pad_as_their_frameworks_did(part, first):
 
 def test_fourier_features_show_the_last_bits_of_a_pixel():
     x = jnp.asarray([[[100 / 127.5 - 1], [101 / 127.5 - 1]]], jnp.float32)
-    got = parts.FourierEnter(4).features(x)
+    got = parts.FourierEnter(4).features(x, None)
     want = np.concatenate(
         [x, *(np.sin(2**n * np.pi * np.asarray(x)) for n in (7, 8)), *(np.cos(2**n * np.pi * np.asarray(x)) for n in (7, 8))], -1
     )
     close(got, want, atol=1e-4)
-    assert parts.FourierEnter(4, jnp.bfloat16).features(x.astype(jnp.bfloat16)).dtype == jnp.float32
+    assert parts.FourierEnter(4, jnp.bfloat16).features(x.astype(jnp.bfloat16), None).dtype == jnp.float32
     params = shapes(UNet(**TINY | VDM), jnp.zeros((1, 4, 4, 3)))["params"]
     assert params["conv_in"]["kernel"].shape == (3, 3, 15, 8)
 

@@ -62,8 +62,19 @@ def load(shapes: Any, rows: Sequence[Row], state: Mapping[str, np.ndarray], igno
 
 def save(params: Any, rows: Sequence[Row]) -> dict[str, np.ndarray]:
     """Their tensors by name, float32, of our parameters."""
-    ours = {_path(path): np.asarray(a) for path, a in jax.tree_util.tree_leaves_with_path(params)}
-    return {row.theirs: np.ascontiguousarray(row.layout.save(ours[row.ours]), dtype=np.float32) for row in rows}
+    ours = paths(params)
+    return {row.theirs: np.ascontiguousarray(row.layout.save(np.asarray(ours[row.ours])), dtype=np.float32) for row in rows}
+
+
+def within(rows: Sequence[Row], tree: Any) -> list[Row]:
+    """Those rows whose path is in a tree of parameters, or of their shapes."""
+    there = paths(tree)
+    return [row for row in rows if row.ours in there]
+
+
+def paths(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree of parameters by their paths below "params"."""
+    return {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def module(ours: str, theirs: str, kernel: Layout, bias: bool = True) -> list[Row]:

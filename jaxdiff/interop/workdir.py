@@ -1,7 +1,8 @@
 """A workdir of parameters that were trained elsewhere."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,52 @@ from jaxdiff.training import checkpoint
 
 # The one average that an imported workdir has.
 EMA = 0.0
+
+
+class Imported(NamedTuple):
+    """A published model as read: its family, its config and parameters here, the files they are from, and what is to be known."""
+
+    family: str
+    config: ConfigDict
+    params: Any
+    weights: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
+
+
+def describe(
+    shape: tuple[int, ...], model: Mapping[str, Any], process: Mapping[str, Any], sampling: Mapping[str, Any], codec: str = "pixels"
+) -> ConfigDict:
+    """The config of a model that was trained elsewhere, all keys in it; of its training nothing but the groups given is known."""
+    return ConfigDict(
+        dict(
+            seed=0,
+            steps=0,
+            batch_size=128,
+            data_dir="",
+            data=dict(name="folder", split="train", shape=shape, size=_square(shape), codec=codec, flip=False, augment=""),
+            model=dict(model),
+            process=dict(process),
+            optimizer=dict(name="adam", learning_rate=1e-4, schedule="constant_schedule(1.0)", clip=0.0),
+            training=dict(
+                ema=(EMA,),
+                log_every=100,
+                sample_every=5000,
+                save_every=5000,
+                keep=3,
+                keep_every=0,
+                snapshot_every=0,
+                mesh=(-1, 1),
+                accumulate=1,
+                nonfinite="stop",
+            ),
+            sampling=dict(ema=EMA, **sampling),
+        )
+    )
+
+
+def _square(shape: tuple[int, ...]) -> int:
+    """The size that images are scaled to, in pixels; 0, as they are, for another shape."""
+    return shape[0] if shape[0] == shape[1] else 0
 
 
 def write(workdir: str | Path, config: ConfigDict, params: Any) -> None:

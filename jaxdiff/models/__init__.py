@@ -31,8 +31,11 @@ from jaxdiff.models.parts import (
     ResBlock,
     ResidualLeave,
     Sinusoidal,
+    SubVPEnter,
+    SubVPSinusoidal,
     Up,
     VDMBlock,
+    VPSinusoidal,
 )
 from jaxdiff.models.unet import Part, UNet
 from jaxdiff.names import parse, whole
@@ -61,16 +64,19 @@ __all__ = [
     "ResBlock",
     "ResidualLeave",
     "Sinusoidal",
+    "SubVPEnter",
+    "SubVPSinusoidal",
     "UNet",
     "Up",
     "VDMBlock",
+    "VPSinusoidal",
 ]
 
 # Which parts fit which role.
 PARTS: dict[str, tuple[type, ...]] = {
-    "time": (Sinusoidal, LearnedSinusoidal, LinearBetaSinusoidal, CosineBetaSinusoidal),
+    "time": (Sinusoidal, LearnedSinusoidal, LinearBetaSinusoidal, CosineBetaSinusoidal, VPSinusoidal, SubVPSinusoidal),
     "embed": (Embed, OneHotEmbed),
-    "enter": (Enter, FourierEnter),
+    "enter": (Enter, FourierEnter, SubVPEnter),
     "block": (ResBlock, ADMBlock, DDPMppBlock, VDMBlock),
     "attend": (Attention, DDPMppAttention),
     "down": (Down, ADMDown, ADMBlockDown, DDPMppDown),
