@@ -267,3 +267,43 @@ def test_a_table_of_levels_is_heard_as_its_rows(part, schedule):
     halfway = times.grid(schedule, np.array([100.4, 100.6]) / steps)
     number = part.apply({}, logsnr(Level(*map(jnp.asarray, halfway))), method="number")
     np.testing.assert_allclose(number, [99.4, 99.6], atol=0.02)
+
+
+@pytest.mark.parametrize(("part", "schedule"), [(models.VPSinusoidal(8), schedules.vp()), (models.SubVPSinusoidal(8), schedules.subvp())])
+def test_continuous_times_are_heard_as_999_t(part, schedule):
+    t = np.concatenate([np.geomspace(1e-5, 1e-2, 20), np.linspace(0.02, 1, 50)])
+    snr = logsnr(Level(*map(jnp.asarray, times.grid(schedule, t))))
+    np.testing.assert_allclose(part.apply({}, snr, method="number"), 999 * t, rtol=1e-5, atol=2e-4)
+    angle = 999 * t[:, None] * np.exp(-np.log(10000) * np.arange(4) / 3)
+    np.testing.assert_allclose(part.apply({}, snr), np.concatenate([np.sin(angle), np.cos(angle)], 1), atol=3e-4)
+
+
+def test_other_betas_are_heard_too():
+    part, t = models.VPSinusoidal(8, beta_min=0.5, beta_max=0.5), np.linspace(0.1, 1, 9)
+    snr = logsnr(Level(*map(jnp.asarray, times.grid(schedules.vp(0.5, 0.5), t))))
+    np.testing.assert_allclose(part.apply({}, snr, method="number"), 999 * t, rtol=1e-5)
+
+
+def test_sub_vp_images_enter_as_the_schedule_makes_them():
+    level = times.grid(schedules.subvp(), np.array([1e-4, 0.1, 0.4, 1.0]))
+    level = Level(*(jnp.asarray(a).reshape(-1, 1, 1, 1) for a in level))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 2, 2, 3)), jnp.float32)
+    unit, snr = network_input(x, level)
+    assert float(jnp.abs(unit / x - 1).max()) > 0.2
+    np.testing.assert_allclose(models.SubVPEnter(4).features(unit, snr), x, rtol=1e-5)
+
+
+def test_an_embedding_may_be_wider_than_its_channels():
+    plain, wide = (shapes(built(classes=3, channels=n, embed=e), jnp.zeros((1, 4, 4, 3)))["params"] for n, e in ((16, "Embed"), (8, "Embed(factor=2)")))
+    for name in ("embed1", "embed2", "label"):
+        assert jax.tree.map(lambda a: a.shape, plain[name]) == jax.tree.map(lambda a: a.shape, wide[name])
+    assert wide["conv_in"]["kernel"].shape[-1] == 8
+
+
+def test_pooling_in_heads_of_a_width_is_pooling_in_as_many_heads():
+    h = jnp.asarray(np.random.default_rng(0).standard_normal((2, 2, 2, 8)), jnp.float32)
+    params = tiny.noisy(jax.random.key(1), models.AttentionPool(3).init(jax.random.key(0), h))
+    by_width = models.AttentionPool(3, width=2, groups=4).apply(params, h)
+    close(by_width, models.AttentionPool(3, heads=4, groups=4).apply(params, h))
+    assert not np.allclose(by_width, models.AttentionPool(3, heads=2, groups=4).apply(params, h))
+    assert not np.allclose(by_width, models.AttentionPool(3, width=2, groups=2).apply(params, h))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from openai_layout import Spec, filled, layout
+from openai_layout import PUBLISHED, Spec, filled, layout
 
 import jaxdiff as jd
 from jaxdiff import experiment, models, solvers, times
@@ -142,7 +142,7 @@ class Theirs:
 
 
 def library(state, spec, facts):
-    """The same network of their library, its tensors the state's."""
+    """The same network of their library, its tensors the state's; the module itself where there is none."""
     attention = [2**level for level in spec.attention]
     head = {"num_heads": facts.heads} if facts.heads else {"num_head_channels": facts.head_channels}
     fields = dict(
@@ -162,10 +162,21 @@ def library(state, spec, facts):
         net = unet.UNetModel(**fields, num_classes=spec.classes or None)
     else:
         net = unet.EncoderUNetModel(**fields, pool="attention")
+    if state is None:
+        return net
     net.load_state_dict({name: torch.from_numpy(a) for name, a in state.items()})
     net.eval()
     scale = 1000 / facts.steps if facts.rescale_timesteps else 1
     return lambda x, row, label=None: net(x, row.float() * scale, *([] if label is None else [label]))
+
+
+@pytest.mark.skipif(unet is None, reason="a reference implementation; not a dependency")
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_layouts_are_their_librarys(name):
+    facts = openai.PUBLISHED[name]
+    with torch.device("meta"):
+        net = library(None, PUBLISHED[name], facts)
+    assert {k: tuple(a.shape) for k, a in net.state_dict().items()} == layout(PUBLISHED[name])
 
 
 def level_of(config, rows):
@@ -192,7 +203,7 @@ def inputs(spec, size, rows, seed=1):
 
 
 def said(config, params, x, rows, label=None):
-    """Our network's output, its axes as theirs; the parameters are an argument, since as constants they would take long to compile."""
+    """Our network's output, its axes as theirs; the parameters are an argument: as constants they would take long to compile."""
     built = experiment.build(config)
     net = jax.jit(lambda params, x, snr, cond: built.net(params, cond)(x, snr))
     cond = None if label is None else {"label": jnp.asarray(label)}

@@ -136,7 +136,7 @@ def facts_of(name: str, flags: Mapping[str, Any]) -> Facts:
     known = PUBLISHED.get(name, Facts())
     if "heads" in given or "head_channels" in given:
         known = known._replace(heads=0, head_channels=0)
-    facts = known._replace(**given)
+    facts = _checked(known._replace(**given))
     needed = {flag: getattr(facts, flag) for flag in ("image_size", "steps", "schedule")}
     needed["heads (or --head_channels)"] = facts.heads or facts.head_channels
     if facts.steps not in (0, 1000) and name not in PUBLISHED and "rescale_timesteps" not in given:
@@ -155,7 +155,7 @@ def _checked(facts: Facts) -> Facts:
     for flag in ("rescale_timesteps", "new_attention_order"):
         if not isinstance(getattr(facts, flag), bool):
             raise InputError(f"--{flag}={getattr(facts, flag)!r} is out of range; it is True or False")
-    if facts.schedule not in SCHEDULES:
+    if facts.schedule and facts.schedule not in SCHEDULES:
         raise InputError(f"--schedule={facts.schedule!r} is unknown; allowed: {', '.join(SCHEDULES)}")
     return facts
 
