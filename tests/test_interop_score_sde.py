@@ -1,4 +1,4 @@
-"""score_sde's checkpoints: what is read off tensors, which are the averages, what is refused. Numbers: test_reference_score_sde.py."""
+"""score_sde's checkpoints: what tensors tell, which averages are read, what is refused. Numbers: test_reference_score_sde.py."""
 
 import jax
 import numpy as np
