@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from ml_collections import ConfigDict
 from test_unet import count, image, random_like, shapes, woken
 
 from jaxdiff import models, schedules, times
+from jaxdiff.denoiser import network_input
 from jaxdiff.errors import InputError
 from jaxdiff.level import Level, logsnr
 from jaxdiff.models import parts
@@ -217,12 +219,12 @@ def test_strided_convolutions_pad_as_their_frameworks_did(part, first):
 
 def test_fourier_features_show_the_last_bits_of_a_pixel():
     x = jnp.asarray([[[100 / 127.5 - 1], [101 / 127.5 - 1]]], jnp.float32)
-    got = parts.FourierEnter(4).features(x)
+    got = parts.FourierEnter(4).features(x, None)
     want = np.concatenate(
         [x, *(np.sin(2**n * np.pi * np.asarray(x)) for n in (7, 8)), *(np.cos(2**n * np.pi * np.asarray(x)) for n in (7, 8))], -1
     )
     close(got, want, atol=1e-4)
-    assert parts.FourierEnter(4, jnp.bfloat16).features(x.astype(jnp.bfloat16)).dtype == jnp.float32
+    assert parts.FourierEnter(4, jnp.bfloat16).features(x.astype(jnp.bfloat16), None).dtype == jnp.float32
     params = shapes(UNet(**TINY | VDM), jnp.zeros((1, 4, 4, 3)))["params"]
     assert params["conv_in"]["kernel"].shape == (3, 3, 15, 8)
 
@@ -304,3 +306,48 @@ def test_a_table_of_levels_is_heard_as_its_rows(part, schedule):
     halfway = times.grid(schedule, np.array([100.4, 100.6]) / steps)
     number = part.apply({}, logsnr(Level(*map(jnp.asarray, halfway))), method="number")
     np.testing.assert_allclose(number, [99.4, 99.6], atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("part", "schedule"), [(models.VPSinusoidal(8), schedules.vp()), (models.SubVPSinusoidal(8), schedules.subvp())]
+)
+def test_continuous_times_are_heard_as_999_t(part, schedule):
+    t = np.concatenate([np.geomspace(1e-5, 1e-2, 20), np.linspace(0.02, 1, 50)])
+    snr = logsnr(Level(*map(jnp.asarray, times.grid(schedule, t))))
+    np.testing.assert_allclose(part.apply({}, snr, method="number"), 999 * t, rtol=1e-5, atol=2e-4)
+    angle = 999 * t[:, None] * np.exp(-np.log(10000) * np.arange(4) / 3)
+    np.testing.assert_allclose(part.apply({}, snr), np.concatenate([np.sin(angle), np.cos(angle)], 1), atol=3e-4)
+
+
+def test_other_betas_are_heard_too():
+    part, t = models.VPSinusoidal(8, beta_min=0.5, beta_max=0.5), np.linspace(0.1, 1, 9)
+    snr = logsnr(Level(*map(jnp.asarray, times.grid(schedules.vp(0.5, 0.5), t))))
+    np.testing.assert_allclose(part.apply({}, snr, method="number"), 999 * t, rtol=1e-5)
+
+
+def test_sub_vp_images_enter_as_the_schedule_makes_them():
+    level = times.grid(schedules.subvp(), np.array([1e-4, 0.1, 0.4, 1.0]))
+    level = Level(*(jnp.asarray(a).reshape(-1, 1, 1, 1) for a in level))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 2, 2, 3)), jnp.float32)
+    unit, snr = network_input(x, level)
+    assert float(jnp.abs(unit / x - 1).max()) > 0.08
+    np.testing.assert_allclose(models.SubVPEnter(4).features(unit, snr), x, rtol=1e-5)
+
+
+def test_an_embedding_may_be_wider_than_its_channels():
+    plain, wide = (
+        shapes(built(classes=3, channels=n, embed=e), jnp.zeros((1, 4, 4, 3)))["params"]
+        for n, e in ((16, "Embed"), (8, "Embed(factor=2)"))
+    )
+    for name in ("embed1", "embed2", "label"):
+        assert jax.tree.map(lambda a: a.shape, plain[name]) == jax.tree.map(lambda a: a.shape, wide[name])
+    assert wide["conv_in"]["kernel"].shape[-1] == 8
+
+
+def test_pooling_in_heads_of_a_width_is_pooling_in_as_many_heads():
+    h = jnp.asarray(np.random.default_rng(0).standard_normal((2, 2, 2, 8)), jnp.float32)
+    params = tiny.noisy(jax.random.key(1), models.AttentionPool(3).init(jax.random.key(0), h))
+    by_width = models.AttentionPool(3, width=2, groups=4).apply(params, h)
+    close(by_width, models.AttentionPool(3, heads=4, groups=4).apply(params, h))
+    assert not np.allclose(by_width, models.AttentionPool(3, heads=2, groups=4).apply(params, h))
+    assert not np.allclose(by_width, models.AttentionPool(3, width=2, groups=2).apply(params, h))

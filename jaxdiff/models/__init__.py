@@ -39,8 +39,11 @@ from jaxdiff.models.parts import (
     ResidualLeave,
     ScaledLinearBetaSinusoidal,
     Sinusoidal,
+    SubVPEnter,
+    SubVPSinusoidal,
     Up,
     VDMBlock,
+    VPSinusoidal,
 )
 from jaxdiff.models.unet import Part, UNet
 from jaxdiff.names import parse
@@ -76,18 +79,29 @@ __all__ = [
     "ResidualLeave",
     "ScaledLinearBetaSinusoidal",
     "Sinusoidal",
+    "SubVPEnter",
+    "SubVPSinusoidal",
     "UNet",
     "Up",
     "VDMBlock",
+    "VPSinusoidal",
     "check",
     "divisor",
 ]
 
 # Which parts fit which role.
 PARTS: dict[str, tuple[type, ...]] = {
-    "time": (Sinusoidal, LearnedSinusoidal, LinearBetaSinusoidal, CosineBetaSinusoidal, ScaledLinearBetaSinusoidal),
+    "time": (
+        Sinusoidal,
+        LearnedSinusoidal,
+        LinearBetaSinusoidal,
+        ScaledLinearBetaSinusoidal,
+        CosineBetaSinusoidal,
+        VPSinusoidal,
+        SubVPSinusoidal,
+    ),
     "embed": (Embed, OneHotEmbed),
-    "enter": (Enter, FourierEnter),
+    "enter": (Enter, FourierEnter, SubVPEnter),
     "block": (ResBlock, ADMBlock, DDPMppBlock, VDMBlock),
     "attend": (Attention, DDPMppAttention),
     "middle_attend": (Attention, DDPMppAttention, BareAttention, NoAttention),

@@ -18,7 +18,7 @@ from jaxdiff.models.unet import Part, Trunk
 Array = jax.Array
 Dtype = Any
 
-# What a block is given for the embedding that it does not read.
+# What parts are given for the noise level and the embedding that they do not read.
 SILENCE: Any = np.zeros((), np.float32)
 # The bounds of the posterior's log variance: nothing in float32 is lost, and its exponential stays finite.
 LOGVAR = (-30.0, 20.0)
@@ -40,7 +40,7 @@ class Encoder(Trunk):
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        h = self.middle(self.descend(x, SILENCE, train)[-1], SILENCE, train)
+        h = self.middle(self.descend(x, SILENCE, SILENCE, train)[-1], SILENCE, train)
         return self.inline(self.leave(self.out_channels, self.dtype))(h, x)
 
 
@@ -52,7 +52,7 @@ class Decoder(Encoder):
     @nn.compact
     def __call__(self, z: Array, train: bool = False) -> Array:
         last = len(self.multipliers) - 1
-        h = self.inline(self.enter(self.channels * self.multipliers[last], self.dtype))(z)
+        h = self.inline(self.enter(self.channels * self.multipliers[last], self.dtype))(z, SILENCE)
         h = self.middle(h, SILENCE, train)
         for level in reversed(range(last + 1)):
             for i in range(self.blocks + 1):

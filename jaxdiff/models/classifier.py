@@ -24,7 +24,7 @@ class Classifier(Trunk):
     @nn.compact
     def __call__(self, x: Array, logsnr: Array, cond: Any = None, train: bool = False) -> Array:
         embedding = self.hear(x, logsnr, None, 0, 0)
-        h = self.middle(self.descend(x, embedding, train)[-1], embedding, train)
+        h = self.middle(self.descend(x, logsnr, embedding, train)[-1], embedding, train)
         return self.inline(self.pool(self.classes, self.heads, self.dtype))(h)
 
 

@@ -4,7 +4,7 @@ A part is a module that the skeleton (`unet.UNet`, `classifier.Classifier`) call
 
     time(features)(logsnr [B]) -> [B, ...]                                   the noise level as features
     embed(channels, classes, augment, time)(logsnr [B], cond) -> [B, 4 channels]     all that is not the image, as one vector
-    enter(channels, dtype)(x) -> h                                           the image, as features
+    enter(channels, dtype)(x, logsnr) -> h                                   the image, as features
     block, down, up(channels, dropout, dtype)(h, embedding, train) -> h      at the same, half or twice the size
     attend, middle_attend(heads, dtype)(h) -> h                              the second in the middle alone
     leave(out_channels, dtype)(h, x) -> y                                    the output, float32
@@ -156,6 +156,39 @@ class CosineBetaSinusoidal(TableSinusoidal):
         return _rows(schedules.cosine_beta(self.steps))
 
 
+class VPSinusoidal(TableSinusoidal):
+    """TableSinusoidal of the time t of `schedules.vp` that a logsnr is at: the number is (steps - 1) t, never rounded.
+
+    So hear the networks of Song et al. 2021 that were trained on the continuous VP SDE. With b = -log alpha_bar(t), which is
+    log(1 + exp(-logsnr)), t solves beta_min t + (beta_max - beta_min) t^2 / 2 = b (their eq. 33).
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def number(self, logsnr: Array) -> Array:
+        b = self.lost(logsnr)
+        # The form of the root that keeps its digits where t is small.
+        t = 2 * b / (self.beta_min + jnp.sqrt(self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * b))
+        return (self.steps - 1) * t
+
+    def lost(self, logsnr: Array) -> Array:
+        """-log alpha_bar."""
+        return jax.nn.softplus(-logsnr)
+
+
+class SubVPSinusoidal(VPSinusoidal):
+    """VPSinusoidal of the time of `schedules.subvp`, whose sigma is 1 - alpha_bar: b = 2 arcsinh(exp(-logsnr / 2) / 2)."""
+
+    def lost(self, logsnr: Array) -> Array:
+        return sub_vp_lost(logsnr)
+
+
+def sub_vp_lost(logsnr: Array) -> Array:
+    """-log alpha_bar of the sub-VP level of a logsnr: sigma / alpha is 1 / alpha - alpha = 2 sinh(-log alpha)."""
+    return 2 * jnp.arcsinh(jnp.exp(-logsnr / 2) / 2)
+
+
 class LearnedSinusoidal(nn.Module):
     """Sines and cosines at learned frequencies, with the logsnr itself: [B] -> [B, features + 1].
 
@@ -177,19 +210,22 @@ class Embed(nn.Module):
 
     The label is a row of a table, added after the two layers; row 0 is the null label, -1, which a missing one means. With
     `augment` > 0, cond["augment"] [B, augment] says how the image was changed, and a missing one that it was not: a linear map
-    without a bias, added to the features of the noise level. Source: DDPM appendix B; EDM appendix F.2 (augmentation).
+    without a bias, added to the features of the noise level. With `factor` above 1 all is as wide as for `factor` times the
+    channels. Source: DDPM appendix B; EDM appendix F.2 (augmentation).
     """
 
     channels: int
     classes: int
     augment: int
     time: Any
+    factor: int = 1
 
     @nn.compact
     def __call__(self, logsnr: Array, cond: Any) -> Array:
         cond = cond if isinstance(cond, Mapping) else {}
-        width, label = 4 * self.channels, jnp.broadcast_to(cond.get("label", -1), logsnr.shape)
-        h = self.time(self.channels, name="time")(logsnr)
+        channels, label = self.factor * self.channels, jnp.broadcast_to(cond.get("label", -1), logsnr.shape)
+        width = 4 * channels
+        h = self.time(channels, name="time")(logsnr)
         if self.augment:
             change = jnp.broadcast_to(cond.get("augment", 0.0), (*logsnr.shape, self.augment)).astype(jnp.float32)
             h = h + nn.Dense(h.shape[-1], use_bias=False, kernel_init=INIT, name="augment")(change)
@@ -228,11 +264,19 @@ class Enter(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        return conv(self.channels, 3, x.ndim - 2, self.dtype, name="conv_in")(self.features(x).astype(self.dtype))
+    def __call__(self, x: Array, logsnr: Array) -> Array:
+        return conv(self.channels, 3, x.ndim - 2, self.dtype, name="conv_in")(self.features(x, logsnr).astype(self.dtype))
 
-    def features(self, x: Array) -> Array:
+    def features(self, x: Array, logsnr: Array) -> Array:
         return x
+
+
+class SubVPEnter(Enter):
+    """Enter of x as `schedules.subvp` makes it, not at unit scale: times hypot(alpha, sigma). Source: Song et al. 2021, eq. 29."""
+
+    def features(self, x: Array, logsnr: Array) -> Array:
+        lost = sub_vp_lost(logsnr.astype(jnp.float32))
+        return x * jnp.hypot(jnp.exp(-lost / 2), jnp.expm1(-lost))
 
 
 class FourierEnter(Enter):
@@ -244,7 +288,7 @@ class FourierEnter(Enter):
     low: int = 7
     high: int = 8
 
-    def features(self, x: Array) -> Array:
+    def features(self, x: Array, logsnr: Array) -> Array:
         x = x.astype(jnp.float32)
         angles = [2.0**n * math.pi * x for n in range(self.low, self.high + 1)]
         return jnp.concatenate([x, *(jnp.sin(a) for a in angles), *(jnp.cos(a) for a in angles)], axis=-1)
@@ -445,26 +489,27 @@ class AttentionPool(nn.Module):
     """norm, SiLU, attention whose one query is the mean of all positions, a linear map: h -> float32 [B, classes].
 
     The mean stands before the positions, all have a learned place added, so an image of another size does not fit. The map is zero
-    at first: every class is as likely. What it maps is kept for `classifier.features`. Source: Radford et al. 2021 (CLIP), section
-    2.4, as Dhariwal and Nichol 2021 use it.
+    at first: every class is as likely. What it maps is kept for `classifier.features`; `width` and `groups` are as an Attention's.
+    Source: Radford et al. 2021 (CLIP), section 2.4, as Dhariwal and Nichol 2021 use it.
     """
 
     classes: int
     heads: int = 1
     dtype: Dtype = jnp.float32
     epsilon: float = 1e-6
+    width: int = 0
+    groups: int = 0
 
     @nn.compact
     def __call__(self, h: Array) -> Array:
         batch, channels = h.shape[0], h.shape[-1]
-        h = nn.silu(norm(channels, self.dtype, "norm_out", self.epsilon)(h)).reshape(batch, -1, channels)
+        heads = channels // self.width if self.width else self.heads
+        h = nn.silu(norm(channels, self.dtype, "norm_out", self.epsilon, self.groups)(h)).reshape(batch, -1, channels)
         h = jnp.concatenate([h.mean(1, keepdims=True), h], axis=1)
         place = self.param("place", nn.initializers.normal(channels**-0.5), (1, *h.shape[1:]), jnp.float32)
         h = h + place.astype(self.dtype)
         q, k, v = (
-            nn.Dense(channels, dtype=self.dtype, kernel_init=INIT, name=name)(of).reshape(
-                batch, -1, self.heads, channels // self.heads
-            )
+            nn.Dense(channels, dtype=self.dtype, kernel_init=INIT, name=name)(of).reshape(batch, -1, heads, channels // heads)
             for name, of in (("q", h[:, :1]), ("k", h), ("v", h))
         )
         h = jax.nn.dot_product_attention(q, k, v).reshape(batch, channels).astype(jnp.float32)

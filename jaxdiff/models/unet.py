@@ -63,12 +63,12 @@ class Trunk(nn.Module):
         embed = self.inline(self.embed(self.channels, classes, augment, self.time))
         return embed(jnp.broadcast_to(logsnr.reshape(-1), x.shape[:1]), cond)
 
-    def descend(self, x: Array, embedding: Array, train: bool) -> list[Array]:
+    def descend(self, x: Array, logsnr: Array, embedding: Array, train: bool) -> list[Array]:
         """What each step of the way down gives, the coarsest last. Raises ValueError where a size does not divide."""
         last = len(self.multipliers) - 1
         if any(n % 2**last for n in x.shape[1:-1]):
             raise ValueError(f"{last + 1} levels need sizes divisible by {2**last}, got {x.shape[1:-1]}")
-        h = self.inline(self.enter(self.channels, self.dtype))(x)
+        h = self.inline(self.enter(self.channels, self.dtype))(x, logsnr)
         steps = [h]
         for level in range(last + 1):
             for i in range(self.blocks):
@@ -123,7 +123,7 @@ class UNet(Trunk):
     @nn.compact
     def __call__(self, x: Array, logsnr: Array, cond: Any = None, train: bool = False) -> Array:
         embedding = self.hear(x, logsnr, cond, self.classes, self.augment)
-        skips = self.descend(x, embedding, train)
+        skips = self.descend(x, logsnr, embedding, train)
         h = self.middle(skips[-1], embedding, train)
         for level in reversed(range(len(self.multipliers))):
             for i in range(self.blocks + 1):
