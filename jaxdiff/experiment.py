@@ -351,7 +351,7 @@ def _check(config, model, objective, schedule, target, draw, weight) -> None:
 def _check_sizes(config, model: models.Network, objective: Objective, latent: tuple[int, ...]) -> None:
     """Raises InputError where what the codec gives does not fit the network."""
     shape = tuple(config.data.shape)
-    least, reason = models.divisor(model)
+    least, reason = models.checks.divisor(model)
     encoded = f" ({latent} as data.codec encodes it)" if latent != shape else ""
     if any(n % least for n in latent[:-1]):
         raise InputError(

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxdiff.errors import InputError, nearest
 from jaxdiff.models.autoencoder import AutoencoderKL
-from jaxdiff.models.checks import check, divisor
+from jaxdiff.models.checks import check
 from jaxdiff.models.classifier import Classifier
 from jaxdiff.models.dit import DiT
 from jaxdiff.models.parts import (
@@ -85,8 +85,6 @@ __all__ = [
     "Up",
     "VDMBlock",
     "VPSinusoidal",
-    "check",
-    "divisor",
 ]
 
 # Which parts fit which role.
