@@ -15,7 +15,7 @@ diffusers = pytest.importorskip("diffusers", reason="a reference implementation;
 
 import jaxdiff as jd
 from jaxdiff import models, solvers
-from jaxdiff.interop import autoencoder, dit, files, folder, mapping
+from jaxdiff.interop import autoencoder, dit, files, folder, mapping, source, workdir
 
 VAE = {
     "in_channels": 3,
@@ -215,11 +215,11 @@ def test_the_authors_file_of_dit(tmp_path):
     state["pos_embed"] = other.pos_embed.pos_embed.numpy()
     saved = {name: torch.from_numpy(a) for name, a in state.items()}
     torch.save({"ema": saved, "opt": {}, "model": {}}, tmp_path / "DiT-S-2-64x64.pt")
-    dit.convert(tmp_path / "DiT-S-2-64x64.pt", tmp_path / "out")
+    workdir.write_imported(tmp_path / "out", source.read(tmp_path / "DiT-S-2-64x64.pt"))
     with pytest.raises(jd.InputError, match="first_stage"):  # such a file has none
         jd.load(tmp_path / "out")
     vae(**FOUR_LEVELS).save_pretrained(tmp_path / "vae")
-    autoencoder.convert(tmp_path / "vae", tmp_path / "out" / "first_stage")
+    workdir.write_imported(tmp_path / "out" / "first_stage", source.read(tmp_path / "vae"))
     assert jd.load(tmp_path / "out").shape == (64, 64, 3)
     with pytest.raises(jd.InputError, match="pos_embed is not the sines"):
         dit.of_original(state | {"pos_embed": 1 - state["pos_embed"]})
@@ -290,7 +290,7 @@ def pipeline(tmp_path_factory):
     scheduler = diffusers.DDIMScheduler(beta_start=2e-4, beta_end=0.02, clip_sample=False)
     pipe = diffusers.DiTPipeline(transformer=transformer(), vae=vae(), scheduler=scheduler)
     pipe.save_pretrained(place / "theirs")
-    dit.convert(place / "theirs", place / "ours")
+    workdir.write_imported(place / "ours", source.read(place / "theirs"))
     return pipe, place / "theirs", place / "ours"
 
 
@@ -356,11 +356,11 @@ def test_a_pipeline_that_is_not_ours_is_refused_in_one_line(pipeline, tmp_path):
                 (tmp_path / part / file.name).write_bytes(file.read_bytes())
         (tmp_path / name).write_text(json.dumps(config))
         with pytest.raises(jd.InputError, match=text) as caught:
-            dit.convert(tmp_path, tmp_path / "out")
+            source.read(tmp_path)
         assert "\n" not in str(caught.value)
 
-    refused("beta_schedule='scaled_linear'", "scheduler/scheduler_config.json", beta_schedule="scaled_linear")
-    refused("prediction_type='v_prediction'", "scheduler/scheduler_config.json", prediction_type="v_prediction")
+    refused("beta_schedule='sigmoid'", "scheduler/scheduler_config.json", beta_schedule="sigmoid")
+    refused("prediction_type='flow_prediction'", "scheduler/scheduler_config.json", prediction_type="flow_prediction")
     refused("activation_fn='geglu'", "transformer/config.json", activation_fn="geglu")
     refused("of a UNet2DModel", "transformer/config.json", _class_name="UNet2DModel")
     refused("16 out is not read; allowed: 4, 8", "transformer/config.json", out_channels=16)

@@ -14,6 +14,7 @@ from jaxdiff import models
 from jaxdiff.errors import InputError
 from jaxdiff.interop import files, folder, mapping, workdir
 from jaxdiff.interop.mapping import Row
+from jaxdiff.interop.workdir import Imported
 
 Rules = Sequence[tuple[str, str | Callable[[re.Match], str]]]
 
@@ -40,17 +41,16 @@ ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "out":
 COMPVIS_ATTENTION = {name: name for name in ("norm", "q", "k", "v")} | {"out": "proj_out"}
 
 
-def convert(source: str | Path, to: str | Path, size: int | None = None) -> None:
-    """Makes a workdir `to` that `jaxdiff.load_codec` takes of a folder of diffusers or a CompVis file.
+def read(source: str | Path, image_size: int | None = None) -> Imported:
+    """The autoencoder in a folder of diffusers or a CompVis file.
 
-    `size` is that of the images, which a CompVis file does not say (256 where None). Raises InputError for what is neither.
+    `image_size` is that of the images, which a CompVis file does not say (256 where None). Raises InputError for what is neither.
     """
     source = Path(source)
     if source.is_dir():
-        config, params = of_diffusers(*folder.read(source), size)
-    else:
-        config, params = of_compvis(files.read(source), size or 256)
-    workdir.write(to, config, params)
+        return Imported("diffusers' AutoencoderKL", *of_diffusers(*folder.read(source), image_size), (folder.weights(source),))
+    notes = (f"the factor on latents is taken to be Stable Diffusion's, {SCALE}, which the file does not say",)
+    return Imported("latent diffusion's autoencoder", *of_compvis(files.read(source), image_size or 256), (source,), notes)
 
 
 def of_diffusers(theirs: Mapping[str, Any], state: Mapping[str, np.ndarray], size: int | None = None) -> tuple[ConfigDict, Any]:
@@ -80,7 +80,7 @@ def to_diffusers(config: ConfigDict, params: Any) -> tuple[dict[str, Any], dict[
         "norm_num_groups": _groups(model),
         "sample_size": config.data.shape[0],
         "scaling_factor": model.scale,
-        "mid_block_add_attention": model.get("middle_attend") != "NoAttention",
+        "mid_block_add_attention": config.model.get("middle_attend") != "NoAttention",
     }
     return theirs, mapping.save(params, rows(_shapes(config)))
 

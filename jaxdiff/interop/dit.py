@@ -1,7 +1,7 @@
 """DiT in two foreign layouts: diffusers' DiTTransformer2DModel with its pipeline, and the authors' own (facebookresearch)."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,11 @@ from ml_collections import ConfigDict
 
 from jaxdiff import models
 from jaxdiff.errors import InputError
-from jaxdiff.interop import autoencoder, files, folder, mapping, workdir
+from jaxdiff.interop import autoencoder, files, folder, mapping, scheduler, workdir
 from jaxdiff.interop.mapping import Row
+from jaxdiff.interop.workdir import Imported
 from jaxdiff.models.dit import places
 
-# Where a workdir has its autoencoder, and what data.codec then says.
-FIRST_STAGE = "first_stage"
 # Of the authors' sizes, S, B, L and XL: heads by width, which a file does not say.
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 # The autoencoder that the published ones were trained on makes a pixel of latents of 8 x 8 pixels.
@@ -33,53 +32,52 @@ FIXED = {
 }
 # What every block of diffusers' holds its own copy of.
 EMBEDDER = "norm1.emb."
-# diffusers' schedulers that all have the table of betas; how they step is not part of a model.
-TABLE = {"beta_schedule": "linear", "prediction_type": "epsilon", "trained_betas": None, "rescale_betas_zero_snr": False}
-# Its numbers, and what they are where they are left out.
-BETAS = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
 
 
-def convert(source: str | Path, to: str | Path) -> None:
-    """Makes a workdir `to` that `jaxdiff.load` takes, of a pipeline's or a transformer's folder of diffusers, or the authors' file.
+def read(source: str | Path) -> Imported:
+    """A pipeline's folder of diffusers, with its autoencoder as first stage, a transformer's folder alone, or the authors' file.
 
-    A pipeline's autoencoder goes to `to`/first_stage. The others have none: `interop.autoencoder.convert` puts one there. Raises
-    InputError for what is neither.
+    Raises InputError for what is none of them.
     """
     source = Path(source)
     if not source.is_dir():
-        config, params = of_original(files.read(source))
-    elif (source / "config.json").is_file():
+        return _alone("DiT", *of_original(files.read(source)), source)
+    if (source / "config.json").is_file():
         config, params = of_diffusers(*folder.read(source), {})
-    else:
-        first_config, first_params = autoencoder.of_diffusers(*folder.read(source / "vae"))
-        factor = 2 ** (len(first_config.model.multipliers) - 1)
-        scheduler = folder.read_json(source / "scheduler" / "scheduler_config.json")
-        config, params = of_diffusers(*folder.read(source / "transformer"), scheduler, factor)
-        workdir.write(Path(to) / FIRST_STAGE, first_config, first_params)
-    workdir.write(to, config, params)
+        return _alone("diffusers' DiTTransformer2DModel", config, params, folder.weights(source))
+    first = autoencoder.read(source / "vae")
+    factor = 2 ** (len(first.config.model.multipliers) - 1)
+    table = folder.read_json(source / "scheduler" / "scheduler_config.json")
+    config, params = of_diffusers(*folder.read(source / "transformer"), table, factor)
+    weights = folder.weights(source / "transformer")
+    return Imported("diffusers' DiTPipeline", config, params, (weights, *first.weights), first_stage=(first.config, first.params))
+
+
+def _alone(family: str, config: ConfigDict, params: Any, weights: Path) -> Imported:
+    inside = f"WORKDIR/{workdir.FIRST_STAGE}"
+    note = f"it has no autoencoder: put one into {inside}, with python -m jaxdiff.interop VAE {inside}"
+    return Imported(family, config, params, (weights,), (note,))
 
 
 def of_diffusers(
-    theirs: Mapping[str, Any], state: Mapping[str, np.ndarray], scheduler: Mapping[str, Any], factor: int = FACTOR
+    theirs: Mapping[str, Any], state: Mapping[str, np.ndarray], table: Mapping[str, Any], factor: int = FACTOR
 ) -> tuple[ConfigDict, Any]:
     """(config, params) of diffusers' config.json, tensors and scheduler_config.json; `factor` is an image's size to a latent's.
 
     Raises InputError for an architecture that ours is not, for blocks whose embedders are not all the same, and for a scheduler
-    that is not of linear betas.
+    that is not read.
     """
     kind = theirs.get("_class_name", "DiTTransformer2DModel")
     if kind not in ("DiTTransformer2DModel", "Transformer2DModel"):
         raise InputError(f"config.json is of a {kind}, no DiTTransformer2DModel")
     folder.only(theirs, "a DiTTransformer2DModel", FIXED)
-    folder.only(scheduler, "a scheduler", TABLE)
-    steps, first, last = (scheduler.get(k, v) for k, v in BETAS.items())
     channels = theirs.get("in_channels", 4)
     heads = theirs.get("num_attention_heads", 16)
     config = _config(
         size=theirs.get("sample_size", 32) * factor,
         channels=channels,
         out_channels=theirs.get("out_channels") or channels,
-        table=(steps, first, last),
+        table=scheduler.read(table),
         shift=1,
         patch=theirs.get("patch_size", 2),
         width=heads * theirs.get("attention_head_dim", 72),
@@ -147,7 +145,7 @@ def of_original(state: Mapping[str, np.ndarray], factor: int = FACTOR) -> tuple[
         size=side * patch * factor,
         channels=channels,
         out_channels=state["final_layer.linear.bias"].size // patch**2,
-        table=tuple(BETAS.values()),
+        table=scheduler.read({}),
         shift=0,
         patch=patch,
         width=width,
@@ -269,65 +267,26 @@ def _split_qkv(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _config(
-    size: int, channels: int, out_channels: int, table: Sequence[Any], shift: int, classes: int, **model: Any
+    size: int, channels: int, out_channels: int, table: Mapping[str, Any], shift: int, classes: int, **model: Any
 ) -> ConfigDict:
-    """The config of a DiT on `size` x `size` images, trained on a table (steps, first beta, last beta)."""
+    """The config of a DiT on `size` x `size` images, trained on the table of a whole scheduler_config.json."""
     if out_channels not in (channels, 2 * channels):
         raise InputError(f"a DiT of {channels} channels in and {out_channels} out is not read; allowed: {channels}, {2 * channels}")
-    steps, first, last = table
     learned = out_channels == 2 * channels
-    betas = "" if (first, last) == (1e-4, 0.02) else f", first={first!r}, last={last!r}"
-    heard = f"LinearBetaSinusoidal(steps={steps}{betas}, cos_first=1{', shift=0' if not shift else ''})"
-    return ConfigDict(
+    return workdir.describe(
+        (size, size, 3),
         dict(
-            seed=0,
-            steps=0,
-            batch_size=256,
-            data_dir="",
-            data=dict(
-                name="",
-                split="train",
-                shape=(size, size, 3),
-                size=size,
-                codec=f"autoencoder({FIRST_STAGE!r})",
-                flip=True,
-                augment="",
-            ),
-            model=dict(name="DiT", classes=classes, time=heard, out_channels=out_channels, dtype="float32", remat=False, **model),
-            process=dict(
-                schedule=f"linear_beta({steps}, {first!r}, {last!r})",
-                target="eps",
-                draw=f"draw_table({steps})",
-                weight="unit",
-                loss="hybrid(0.001)" if learned else "simple",
-                data_std=1.0,
-                drop_label=0.1 if classes else 0.0,
-            ),
-            optimizer=dict(name="adam", learning_rate=1e-4, schedule="constant_schedule(1.0)", clip=0.0),
-            training=dict(
-                ema=(workdir.EMA,),
-                log_every=100,
-                sample_every=10_000,
-                save_every=10_000,
-                keep=3,
-                keep_every=0,
-                snapshot_every=0,
-                mesh=(-1, 1),
-                accumulate=1,
-                nonfinite="stop",
-            ),
-            sampling=dict(
-                ema=workdir.EMA,
-                times=f"strided({steps})",
-                solver="ddim",
-                steps=50,
-                max_steps=min(steps, 1000),
-                guidance=4.0 if classes else 1.0,
-                num=8,
-                batch_size=8,
-                clip=False,
-            ),
-        )
+            name="DiT",
+            classes=classes,
+            time=scheduler.hears(table, cos_first=1, shift=shift),
+            out_channels=out_channels,
+            dtype="float32",
+            remat=False,
+            **model,
+        ),
+        scheduler.process(dict(table) | {"variance_type": "learned_range" if learned else "fixed_small"}, 0.1 if classes else 0.0),
+        scheduler.sampling(table) | dict(guidance=4.0 if classes else 1.0, num=8, batch_size=8, clip=False),
+        f"autoencoder({workdir.FIRST_STAGE!r})",
     )
 
 

@@ -41,6 +41,10 @@ class Facts(NamedTuple):
     data: str = "folder"
 
 
+# Those that a caller may say.
+FLAGS = tuple(name for name in Facts._fields if name not in ("objective", "data"))
+
+
 _IDDPM = Facts(heads=4, steps=4000, schedule="cosine", rescale_timesteps=True)
 _IDDPM_LSUN = Facts(256, heads=1, steps=1000, schedule="linear")
 _ADM = Facts(head_channels=64, steps=1000, schedule="linear")

@@ -13,16 +13,22 @@ from jaxdiff.training import checkpoint
 
 # The one average that an imported workdir has.
 EMA = 0.0
+# Where in a workdir its autoencoder is, as data.codec="autoencoder('first_stage')" says.
+FIRST_STAGE = "first_stage"
 
 
 class Imported(NamedTuple):
-    """A published model as read: its family, its config and parameters here, the files they are from, and what is to be known."""
+    """A published model as read: its family, its config and parameters here, the files they are from, and what is to be known.
+
+    `first_stage` is the config and the parameters of the autoencoder whose latents it diffuses, where they came along.
+    """
 
     family: str
     config: ConfigDict
     params: Any
     weights: tuple[Path, ...]
     notes: tuple[str, ...] = ()
+    first_stage: tuple[ConfigDict, Any] | None = None
 
 
 def describe(
@@ -59,6 +65,13 @@ def describe(
 def _square(shape: tuple[int, ...]) -> int:
     """The size that images are scaled to, in pixels; 0, as they are, for another shape."""
     return shape[0] if shape[0] == shape[1] else 0
+
+
+def write_imported(workdir: str | Path, imported: Imported) -> None:
+    """`write` of a model as read, its first stage before it. Raises InputError where there are checkpoints already."""
+    if imported.first_stage is not None:
+        write(Path(workdir) / FIRST_STAGE, *imported.first_stage)
+    write(workdir, imported.config, imported.params)
 
 
 def write(workdir: str | Path, config: ConfigDict, params: Any) -> None:
