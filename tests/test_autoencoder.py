@@ -118,7 +118,7 @@ def test_sizes_that_do_not_divide_are_refused(small):
     ("fields", "text"),
     [
         ({"latent_channels": 0}, "model.latent_channels=0 is out of range"),
-        ({"middle_attend": "None"}, "model.middle_attend='None' is unknown"),
+        ({"middle_attend": "Nothing"}, "model.middle_attend='Nothing' is unknown"),
         ({"groups": 3}, "model.groups=3 does not divide the channels of every level, multiples of 8"),
         ({"scale": 0.0}, "model.scale=0.0 is out of range; it is a finite number above 0"),
         ({"attention": (2,)}, "model.attention=.2,. names a level that is not there; allowed: 0, 1"),

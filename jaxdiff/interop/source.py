@@ -9,8 +9,8 @@ from jaxdiff.interop import autoencoder, dit, files, folder, openai, score_sde, 
 from jaxdiff.interop.workdir import Imported
 
 ALLOWED = (
-    "a folder that diffusers wrote (UNet2DModel, AutoencoderKL, DiTTransformer2DModel; a DDPM, DDIM, PNDM or DiT pipeline), or a file "
-    "of improved-diffusion, guided-diffusion, score_sde (VP, sub-VP), DiT or a CompVis autoencoder"
+    "a folder that diffusers wrote (UNet2DModel, AutoencoderKL, DiTTransformer2DModel; a DDPM, DDIM, PNDM or DiT pipeline), or a "
+    "file of improved-diffusion, guided-diffusion, score_sde (VP, sub-VP), DiT or a CompVis autoencoder"
 )
 
 

@@ -67,9 +67,9 @@ class AutoencoderKL(nn.Module):
 
     x [B, *space, C] and z [B, *(space / 2^(levels - 1)), latent_channels], float32. `attention` names levels besides the middle,
     whose part is `middle_attend` where that is another one; `groups` above 0 are those of every norm, `out_channels` is the image's
-    C. `scale` is what a codec multiplies a latent by, for a deviation of about 1; here z is unscaled. Raises ValueError where a size
-    does not divide. Source: Rombach et al. 2022, appendix G; the default is Stable Diffusion's (83,653,863 parameters), whose scale
-    is 0.18215.
+    C. `scale` is what a codec multiplies a latent by, for a deviation of about 1; here z is unscaled. Raises ValueError where a
+    size does not divide. Source: Rombach et al. 2022, appendix G; the default is Stable Diffusion's (83,653,863 parameters), whose
+    scale is 0.18215.
     """
 
     channels: int = 128
