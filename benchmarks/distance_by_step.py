@@ -5,8 +5,9 @@
     python benchmarks/distance_by_step.py --workdir=runs/digits --classifier=runs/digits_classifier --num=1000
 
 The own-feature distance (Frechet distance of a classifier's last features; no FID) of `num` samples from the training images, from
-every kept checkpoint, or those of --at; then from the newest in fewer and fewer sampling steps. The floor is that of as many real
-held-out images. Prints both tables, writes them as JSON and, with --out=FILE.png, as a picture.
+every kept checkpoint, or those of --at; then from the newest in fewer and fewer sampling steps. The floor is that of real held-out
+images, as many where there are, each class as often as among samples. Prints both tables, writes them as JSON and, with
+--out=FILE.png, as a picture.
 """
 
 import json
@@ -30,6 +31,7 @@ flags.DEFINE_list("at", [], "Training steps to look at (default: all that are ke
 flags.DEFINE_list("few", ["50", "20", "10", "5"], "Sampling steps to compare.")
 flags.DEFINE_integer("num", 1000, "How many samples.", lower_bound=2)
 flags.DEFINE_integer("steps", None, "Sampling steps along training (default: the config's).")
+flags.DEFINE_integer("batch_size", None, "Images drawn at once (default: the config's); small ones are faster on a CPU.")
 flags.DEFINE_float("guidance", 1.0, "Classifier-free guidance; more than 1 trades variety, which the distance sees, for clarity.")
 flags.DEFINE_string("out", None, "A .png file for the two curves; their numbers go beside it as .json.")
 
@@ -38,7 +40,7 @@ def main() -> None:
     network = features.classifier(FLAGS.classifier)
     run = jd.load(FLAGS.workdir)
     train, test = (of_split(run, split) for split in ("train", "test"))
-    reference = references.cached(train, network, 100, "train").moments["pool"]
+    reference = references.cached(train.images, network, 100, "train").moments["pool"]
 
     def seen(images: np.ndarray, name: str) -> distances.Moments:
         return references.describe(images, network, 100, name).moments["pool"]
@@ -46,10 +48,12 @@ def main() -> None:
     def distance(images: np.ndarray, name: str) -> float:
         return distances.frechet(seen(images, name), reference)
 
-    held_out = test[references.any_rows(len(test), min(FLAGS.num, len(test)))]
+    held_out = test.images[references.in_turn(test.labels, FLAGS.num)]
     unseen = seen(held_out, "held out")
     floor = distances.frechet(unseen, reference)
-    print(f"own-feature distance ({network.digest[:12]}) of {len(reference.mean)} features, from {len(train)} training images")
+    print(
+        f"own-feature distance ({network.digest[:12]}) of {len(reference.mean)} features, from {len(train.labels)} training images"
+    )
     print(f"floor: {floor:.4f} of {len(held_out)} held-out images; a model's are of {FLAGS.num} samples, guidance {FLAGS.guidance}")
     there = sorted(checkpoint.steps(checkpoint.place(FLAGS.workdir) / checkpoint.FOLDER))
     rows = {}
@@ -60,8 +64,10 @@ def main() -> None:
     last = jd.load(FLAGS.final or FLAGS.workdir)
     few, fresh = {}, {}
     # The classifier has learnt training images by heart, the model too; neither has seen the held-out ones. From these, samples and
-    # training images are judged alike.
-    print(f"from the held-out images: {floor:.4f} of the training images")
+    # as many training images are judged alike.
+    some = train.images[references.in_turn(train.labels, FLAGS.num)]
+    alike = distances.frechet(seen(some, "train"), unseen)
+    print(f"from the held-out images: {alike:.4f} of {len(some)} training images")
     for steps in map(int, FLAGS.few):
         found = seen(drawn(last, steps), f"{steps} sampling steps")
         few[steps], fresh[steps] = distances.frechet(found, reference), distances.frechet(found, unseen)
@@ -72,6 +78,7 @@ def main() -> None:
             "by_step": rows,
             "by_sampling_steps": few,
             "from_held_out": fresh,
+            "training_from_held_out": alike,
             "n": FLAGS.num,
             "guidance": FLAGS.guidance,
         }
@@ -80,13 +87,14 @@ def main() -> None:
         picture(Path(FLAGS.out), rows, few, floor)
 
 
-def of_split(run, split: str) -> np.ndarray:
+def of_split(run, split: str) -> data.Dataset:
     config = run.config
-    return data.load(config.data.name, split, FLAGS.data_dir or config.data_dir or None, size=config.data.size or None).images
+    return data.load(config.data.name, split, FLAGS.data_dir or config.data_dir or None, size=config.data.size or None)
 
 
 def drawn(run, steps: int) -> np.ndarray:
     """`num` samples, each class in turn, the same noise whatever the model and the steps."""
+    run.config.sampling.batch_size = FLAGS.batch_size or run.config.sampling.batch_size
     labels = np.arange(FLAGS.num) % run.config.model.classes if run.config.model.classes else None
     return run.generate(jax.random.key(0), FLAGS.num, steps=steps, label=labels, guidance=FLAGS.guidance)
 

@@ -27,3 +27,20 @@ def test_the_readmes_library_example_runs():
     names: dict = {}
     exec(code, names)
     assert names["x0"].shape == (4, 32, 32, 3) and bool(abs(names["x0"]).max() < 10)
+
+
+def test_the_ledger_has_every_config_and_configs_point_there():
+    ledger = (ROOT / "docs" / "results.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", ledger, re.M))
+    configs = {p.stem: p.read_text() for p in (ROOT / "configs").glob("*.py")}
+    assert rows.keys() == configs.keys()
+    for name, text in configs.items():
+        published, measured = rows[name].split(" | ")
+        assert published and ("not measured yet" in measured or re.search(r"\d", measured)), name
+        described = text.split('"""')[1]
+        assert "Expected and measured: docs/results.md." in described
+        assert not re.search(r"FID \d|\d bits/dim|\d%", described), f"{name} states a result"
+
+
+def test_the_readme_states_no_result_of_a_config():
+    assert not re.search(r"FID\W+\d|\d bits/dim|\d%? right|label as asked", README)

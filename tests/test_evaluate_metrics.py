@@ -500,3 +500,11 @@ def test_what_cannot_be_evaluated_is_one_line_and_draws_nothing(call, workdir, s
 def test_own_features_without_a_classifier_are_one_line(evaluate):
     with pytest.raises(InputError, match="end in _own are by a classifier of such images; give its workdir, --classifier=DIR"):
         evaluate.features_of("own", None)
+
+
+def test_rows_in_turn_have_every_class_equally_often_until_one_ends():
+    labels = np.repeat([3, 5, 9], [4, 2, 10])
+    rows = references.in_turn(labels, 100)
+    assert labels[rows].tolist() == [3, 5, 9] * 2 and len(set(rows.tolist())) == 6
+    assert labels[references.in_turn(labels, 4)].tolist() == [3, 5, 9, 3]
+    assert sorted(references.in_turn(np.full(7, -1), 100).tolist()) == list(range(7))

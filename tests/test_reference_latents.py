@@ -356,7 +356,7 @@ def test_a_pipeline_that_is_not_ours_is_refused_in_one_line(pipeline, tmp_path):
                 (tmp_path / part / file.name).write_bytes(file.read_bytes())
         (tmp_path / name).write_text(json.dumps(config))
         with pytest.raises(jd.InputError, match=text) as caught:
-            source.read(tmp_path)
+            dit.read(tmp_path)
         assert "\n" not in str(caught.value)
 
     refused("beta_schedule='sigmoid'", "scheduler/scheduler_config.json", beta_schedule="sigmoid")

@@ -55,6 +55,18 @@ def any_rows(n: int, m: int) -> np.ndarray:
     return np.random.RandomState(2020).permutation(n)[:m]
 
 
+def in_turn(labels: np.ndarray, m: int) -> np.ndarray:
+    """Rows of images with these labels [n], each class in turn as samples are drawn: m, or as many until a class ends.
+
+    By chance within a class, and always the same. At a few hundred images the chance in how often each class comes would be most of
+    a distance.
+    """
+    order = any_rows(len(labels), len(labels))
+    by_class = [order[labels[order] == label] for label in np.unique(labels)]
+    turns = min(map(len, by_class))
+    return np.stack([rows[:turns] for rows in by_class], axis=1).reshape(-1)[:m]
+
+
 def describe(images: np.ndarray, features: Any, size: int, name: str) -> Described:
     """The features of images uint8 [n, H, W, C], `size` at once, split over all devices; every process must call it.
 
