@@ -207,6 +207,11 @@ def arrays(**changed):
     [
         ({"a": np.zeros(3)}, r"has neither statistics \(mu and sigma\) nor images \(arr_0\); its keys are a"),
         ({"mu": np.zeros(6)}, "has mu without sigma"),
+        (arrays(n=np.zeros(3, int)), r"n=\[0 0 0\] is no number of images"),
+        (arrays(n="many"), "n=many is no number of images"),
+        (arrays(n=-4), "n=-4 is no number of images"),
+        (arrays(sigma=-np.eye(6)), "sigma is no covariance: it is not symmetric, or has a negative variance"),
+        (arrays(sigma=np.triu(np.ones((6, 6)))), "sigma is no covariance"),
         (arrays(sigma=np.eye(5)), r"mu and sigma are of shapes \[d\] and \[d, d\], got \(6,\) and \(5, 5\)"),
         (arrays(mu=np.full(6, np.nan)), "mu or sigma holds what is not a finite number"),
         (arrays(mu=np.zeros(6, int)), "mu or sigma holds what is not a finite number"),
@@ -357,6 +362,26 @@ def test_the_floor_is_of_as_many_samples_as_held_out_images():
     assert more["samples_at_n"]["value"] == report.figure("fd_own", described(a), described(reference))["value"]
 
 
+def test_a_reference_is_told_with_the_digest_of_its_images_or_else_of_its_statistics(tmp_path):
+    known = report.figure("fid", described(rows(30)), described(rows(40, seed=1)))
+    assert (known["reference"]["images"], known["reference"]["statistics"]) == ("images", None)
+    assert report.line(known).endswith("against set (n=40, images), features of net (digest)")
+    digests, files = set(), set()
+    for seed in (1, 2):  # two files of one name
+        foreign = described(rows(40, seed=seed), "theirs.npz", n=None, images="", digest="", network="")
+        row = report.figure("fid", described(rows(30)), foreign._replace(n=None))
+        digests.add(row["reference"]["statistics"])
+        files.add(report.save(tmp_path, row))
+        assert row["reference"]["images"] is None and f"(unknown n, {row['reference']['statistics'][:12]})" in report.line(row)
+    assert len(digests) == len(files) == 2
+
+
+def test_held_out_images_that_are_training_images_are_refused(digits):
+    same = references.describe(digits[0][:50], features(), 50, "set")
+    with pytest.raises(InputError, match="most images of valid are images of set as well"):
+        report.nearest(same, same._replace(name="valid"), same)
+
+
 def test_copies_of_training_images_show_as_nearest(digits):
     train, test = digits[0][:50], digits[1]
     seen = features()
@@ -411,7 +436,7 @@ def test_a_figure_says_all_that_it_is_of_and_is_of_the_images_that_were_drawn(ca
     seen = features(name="inception")
     exact = distances.frechet(*(references.describe(x, seen, 100, "x").moments["pool"] for x in (images, digits[0])))
     assert row["value"] == pytest.approx(exact, rel=1e-4) and row["value"] > 1
-    assert f"fid (n=12): {row['value']:.5g} against digits train (n=1498)" in out
+    assert f"fid (n=12): {row['value']:.5g} against digits train (n=1498, {row['reference']['images'][:12]}), features of" in out
     kept = {"solver": "ddim", "steps": 2, "times": "uniform", "guidance": 2.0, "seed": 0, "labels": "each class in turn", "step": 0}
     assert kept.items() <= row["samples"].items() and row["samples"]["ema"] == "0.9"
     assert row["n"] == 12 and row["features"]["digest"] == seen.digest
@@ -473,8 +498,8 @@ def test_without_a_number_there_are_as_many_samples_as_the_field_or_the_referenc
     [
         ({"metrics": "fid,fidd"}, "metrics='fid,fidd' is unknown; allowed: bpd_elbo, bpd_ode, fid, sfid, is, kid"),
         ({"metrics": ""}, "metrics='' is unknown"),
-        ({"num": 1}, "num=1 is too few samples: fid needs 2 at least"),
-        ({"num": 9, "metrics": "fid,is"}, "num=9 is too few samples: is needs 10 at least"),
+        ({"num": 1}, "num=1 is too few images: fid needs 2 at least"),
+        ({"num": 9, "metrics": "fid,is"}, "num=9 is too few images: is needs 10 at least"),
         ({"num": -1}, "num=-1 is negative"),
         ({"label": 10}, "label=10 is out of range; allowed: 0 to 9, or -1 for none"),
         ({"label": -1, "guidance": 2}, "guidance=2.0 needs a label"),
@@ -484,6 +509,9 @@ def test_without_a_number_there_are_as_many_samples_as_the_field_or_the_referenc
         ({"metrics": "nearest"}, "need a feature network: give --inception, --dinov2 or --classifier"),
         ({"metrics": "is,floor"}, "floor is of the distances that are asked for beside it, such as fid or fd_own"),
         ({"split": "valid"}, "digits has no split 'valid'"),
+        ({"metrics": "fid", "save_reference": "s.txt"}, "statistics are written to an .npz file, got s.txt"),
+        ({"metrics": "fid", "save_reference": "nowhere/s.npz"}, "nowhere/s.npz cannot be written: the folder"),
+        ({"metrics": "bpd_elbo", "samples": "x.npz"}, "--samples is of distances, and metrics='bpd_elbo' are none"),
         ({"samples": "nowhere.npz"}, "nowhere.npz is not there"),
         ({"samples": "nowhere.npz", "steps": 3}, "--steps is of drawing, and --samples are images at hand"),
         ({"reference": "nowhere.npz"}, "nowhere.npz is not there"),
@@ -495,6 +523,17 @@ def test_what_cannot_be_evaluated_is_one_line_and_draws_nothing(call, workdir, s
     with pytest.raises(InputError, match=said.replace("(", r"\(").replace("?", r"\?")) as error:
         call(**{"metrics": "fid", "num": 4, **settings})
     assert "\n" not in str(error.value) and not list((workdir / "evaluation").glob("**/part_*"))
+
+
+def test_too_few_images_of_either_set_are_told_before_any_figure(call, workdir, digits, tmp_path):
+    np.savez(tmp_path / "x.npz", images=digits[0][:5])
+    for settings, said in (
+        ({"reference": tmp_path / "x.npz"}, r"x\.npz, n=5, is too few images: dc needs 6 at least"),
+        ({"samples": tmp_path / "x.npz"}, r"x\.npz, n=5, is too few images: dc needs 6 at least"),
+    ):
+        with pytest.raises(InputError, match=said):
+            call(metrics="fid,dc", **({"num": 8} if "samples" not in settings else {}), **settings)
+    assert not list((workdir / "evaluation").glob("*"))
 
 
 def test_own_features_without_a_classifier_are_one_line(evaluate):
