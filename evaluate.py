@@ -50,7 +50,10 @@ flags.DEFINE_integer("step", None, "The checkpoint kept at this training step (d
 flags.DEFINE_string("ema", None, "One of config.training.ema, or 'power(0.07)', say, from snapshots (default: the config's).")
 flags.DEFINE_string("samples", None, "Images at hand instead of the model's: an .npz (images, or ADM's arr_0), or a folder.")
 flags.DEFINE_string("reference", None, "An .npz of statistics or images, pytorch-fid's, ADM's or ours, instead of --split.")
-flags.DEFINE_string("save_reference", None, "Also write the reference's statistics to this .npz, which pytorch-fid and ADM read.")
+flags.DEFINE_string(
+    "save_reference", None, "Also write the reference's statistics to this .npz, which pytorch-fid reads; Inception's with images "
+    "beside them, which ADM's evaluator reads (it resizes as --resize=tensorflow).",
+)  # fmt: skip
 flags.DEFINE_string("held_out", "test", "floor, nearest: the split of real images that the model was not trained on.")
 flags.DEFINE_string("inception", None, "Inception's weights, as pytorch-fid publishes them.")
 flags.DEFINE_enum("resize", "pytorch", ["pytorch", "tensorflow"], "How images are brought to Inception: as pytorch-fid, or as ADM.")
@@ -184,7 +187,9 @@ def figures(run, drawn: samples.Samples, metrics: list[str], seen, real: Real) -
     if FLAGS.save_reference:
         written = against("pool")
         if meshes.first_process():
-            references.write(FLAGS.save_reference, written)
+            # Only ADM's evaluator looks for images there, and it knows Inception's features alone.
+            beside = real.images.get(real.name) if "spatial" in written.moments else None
+            references.write(FLAGS.save_reference, written, beside)
             say(f"wrote {FLAGS.save_reference}")
     if "nearest" in metrics:
         path = tell(drawn, report.nearest, found, see(held_out), see(train))
@@ -259,7 +264,7 @@ def read_real(run, extra: list[str], needed) -> Real:
 
 def how_many(networks, stats: references.Described | None, images: np.ndarray | None) -> int:
     """50,000 samples, as the field has it; by a classifier's features alone as many as the reference has, if fewer."""
-    n = len(images) if images is not None else stats.n if stats is not None else None
+    n = stats.n if stats is not None and stats.n is not None else None if images is None else len(images)
     return report.FULL if set(networks) != {"own"} or n is None else min(report.FULL, n)
 
 

@@ -196,9 +196,9 @@ def test_what_samples_depend_on_is_the_first_stages_weights_and_not_its_place(pl
     moved, other = shutil.copytree(place, tmp_path / "moved"), shutil.copytree(place, tmp_path / "other")
     shutil.rmtree(other / "first_stage")
     workdir.write(other / "first_stage", first_config(scale=0.5), jax.tree.map(lambda a: a * 1.01, small[1]))
-    assert asked(moved) == asked(place)
-    assert {key for key, value in asked(other).items() if value != asked(place)[key]} == {"codec"}
-    json.dumps(asked(place))
+    here, elsewhere, changed = (asked(where) for where in (place, moved, other))
+    assert json.dumps(elsewhere) == json.dumps(here)
+    assert {key for key in here if changed[key] != here[key]} == {"codec"}
 
 
 def test_the_first_stage_is_found_inside_then_here(place, tmp_path, monkeypatch):

@@ -169,7 +169,7 @@ def test_a_reference_is_computed_once_for_its_images_and_its_network(digits, tmp
 # Files of statistics.
 
 
-def test_statistics_are_written_for_pytorch_fid_and_adm_and_read_back(digits, tmp_path):
+def test_statistics_are_written_for_pytorch_fid_and_adm_and_read_back(digits, tmp_path, monkeypatch):
     found = references.describe(digits[1][:30], features(), 30, "few")
     references.write(tmp_path / "s.npz", found)
     with np.load(tmp_path / "s.npz", allow_pickle=False) as arrays:
@@ -180,6 +180,12 @@ def test_statistics_are_written_for_pytorch_fid_and_adm_and_read_back(digits, tm
     assert images is None and not len(back.pool)
     assert back[1:5] == found[1:5] and back.name == "s.npz (few)" and back.moments["pool"].n == 30
     np.testing.assert_array_equal(back.moments["pool"].cov, found.moments["pool"].cov)
+    # With images beside them, a few of many, which ADM's evaluator needs and where single images are the reference here.
+    monkeypatch.setattr(references, "IMAGES", 9)
+    references.write(tmp_path / "adm.npz", found, digits[1][:30])
+    stats, images = references.read(tmp_path / "adm.npz")
+    assert images.shape == (9, 8, 8, 1) and images.dtype == np.uint8 and stats.n == 30
+    assert {image.tobytes() for image in images} < {image.tobytes() for image in digits[1][:30]}
     for target in (tmp_path / "s.txt", tmp_path):
         with pytest.raises(InputError, match=r"statistics are written to an \.npz file"):
             references.write(target, found)
@@ -470,7 +476,8 @@ def test_nearest_alone_is_by_the_network_whose_weights_are_given(call, workdir, 
 def test_statistics_written_are_the_same_reference_as_the_images(call, workdir, digits, tmp_path):
     np.savez(tmp_path / "x.npz", images=digits[1][:50])
     call(metrics="fid,sfid", samples=tmp_path / "x.npz", save_reference=tmp_path / "s.npz")
-    call(metrics="fid,sfid", samples=tmp_path / "x.npz", reference=tmp_path / "s.npz")
+    call(metrics="fid,sfid,kid", samples=tmp_path / "x.npz", reference=tmp_path / "s.npz")
+    assert told(workdir, "kid")["reference"]["images"] == jd.shards.digest(digits[0])
     for metric in ("fid", "sfid"):
         values = [json.loads(p.read_text())["value"] for p in (workdir / "evaluation").glob(f"{metric}-*.json")]
         assert len(values) in (1, 2) and max(values) == pytest.approx(min(values), rel=1e-12)
@@ -478,7 +485,8 @@ def test_statistics_written_are_the_same_reference_as_the_images(call, workdir, 
     out = call(metrics="fid,kid", samples=tmp_path / "x.npz", reference=tmp_path / "adm.npz")
     assert "fid (n=50): " in out and "adm.npz does not say of which feature network it is" in out
     other = jd.shards.digest(digits[0])
-    assert [json.loads(p.read_text())["reference"]["images"] for p in (workdir / "evaluation").glob("kid-*.json")] == [other]
+    kids = [json.loads(p.read_text())["reference"] for p in (workdir / "evaluation").glob("kid-*.json")]
+    assert {(kid["name"], kid["images"]) for kid in kids} == {("adm.npz", other), ("s.npz (digits train)", other)}
 
 
 def test_without_a_number_there_are_as_many_samples_as_the_field_or_the_reference_has(evaluate):
@@ -486,6 +494,8 @@ def test_without_a_number_there_are_as_many_samples_as_the_field_or_the_referenc
     assert evaluate.how_many(["own"], None, images) == 70
     assert evaluate.how_many(["inception"], None, images) == evaluate.how_many(["inception", "own"], None, images) == 50_000
     stats = described(rows(9), n=60_000)
+    assert evaluate.how_many(["own"], stats._replace(n=300), images) == 300  # of which the file holds some images
+    assert evaluate.how_many(["own"], stats._replace(n=None), images) == 70
     assert evaluate.how_many(["own"], stats, None) == 50_000
     assert (
         evaluate.how_many(["own"], stats._replace(n=None), None) == 50_000

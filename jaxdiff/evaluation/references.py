@@ -1,7 +1,8 @@
 """What a feature network says of a set of images: computed over all devices, kept in a cache, and read from statistics of others.
 
 A file of statistics is an .npz with the keys of pytorch-fid (mu, sigma) or of ADM's evaluator (mu_s, sigma_s too, and images in
-arr_0). Ours have the same keys, so that both read them, and say n, name, network, digest and images_digest besides.
+arr_0, without which the evaluator reads no reference). Ours have the same keys, so that both read them, and say n, name, network,
+digest and images_digest besides.
 """
 
 import hashlib
@@ -22,6 +23,8 @@ from jaxdiff.training.checkpoint import place
 
 # Rows of features that are kept, spread over a larger set; moments are of all.
 KEPT = 50_000
+# Images in a file of statistics, as in ADM's of ImageNet.
+IMAGES = 10_000
 # The keys of a file of statistics, by what the moments are of.
 KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
@@ -127,11 +130,17 @@ def _from_cache(file, features: Any) -> Described | None:
     return found if found is None or found.digest == features.digest else None
 
 
-def write(path: str | os.PathLike[str], described: Described) -> None:
-    """Writes the moments as .npz, for pytorch-fid, ADM's evaluator and `read`. Raises InputError where it cannot be written."""
+def write(path: str | os.PathLike[str], described: Described, images: np.ndarray | None = None) -> None:
+    """Writes the moments as .npz, for pytorch-fid and `read`, and with `images`, of which IMAGES are kept, for ADM's evaluator.
+
+    Raises InputError where it cannot be written.
+    """
     target = writable(path)
+    arrays = _arrays(described)
+    if images is not None:
+        arrays["arr_0"] = np.asarray(images[np.sort(any_rows(len(images), IMAGES))])
     try:
-        shards.whole(target, lambda file: np.savez(file, **_arrays(described)))
+        shards.whole(target, lambda file: np.savez(file, **arrays))
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
 
