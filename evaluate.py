@@ -50,7 +50,10 @@ flags.DEFINE_integer("step", None, "The checkpoint kept at this training step (d
 flags.DEFINE_string("ema", None, "One of config.training.ema, or 'power(0.07)', say, from snapshots (default: the config's).")
 flags.DEFINE_string("samples", None, "Images at hand instead of the model's: an .npz (images, or ADM's arr_0), or a folder.")
 flags.DEFINE_string("reference", None, "An .npz of statistics or images, pytorch-fid's, ADM's or ours, instead of --split.")
-flags.DEFINE_string("save_reference", None, "Also write the reference's statistics to this .npz, which pytorch-fid and ADM read.")
+flags.DEFINE_string(
+    "save_reference", None, "Also write the reference's statistics to this .npz, which pytorch-fid reads; Inception's with images "
+    "beside them, which ADM's evaluator reads (it resizes as --resize=tensorflow).",
+)  # fmt: skip
 flags.DEFINE_string("held_out", "test", "floor, nearest: the split of real images that the model was not trained on.")
 flags.DEFINE_string("inception", None, "Inception's weights, as pytorch-fid publishes them.")
 flags.DEFINE_enum("resize", "pytorch", ["pytorch", "tensorflow"], "How images are brought to Inception: as pytorch-fid, or as ADM.")
@@ -61,12 +64,13 @@ flags.DEFINE_integer("processes", None, "How many processes there are.")
 flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
 
 ALLOWED = (*evaluation.METRICS, *report.METRICS, *report.BESIDES)
+OF_DISTANCES = ("samples", "reference", "save_reference")
 
 
 def main() -> None:
     if FLAGS.workdir is None:
         raise jd.InputError("which model? Give --workdir=DIR, the folder that train.py wrote to")
-    metrics = [name.strip() for name in FLAGS.metrics.split(",") if name.strip()]
+    metrics = list(dict.fromkeys(name.strip() for name in FLAGS.metrics.split(",") if name.strip()))
     if not metrics or set(metrics) - set(ALLOWED):
         raise jd.InputError(f"metrics={FLAGS.metrics!r} is unknown; allowed: {', '.join(ALLOWED)}")
     for name in ("num", "batch_size", "terms"):
@@ -76,6 +80,8 @@ def main() -> None:
     if "floor" in metrics and not takes(metrics) & set(report.FLOORED):
         raise jd.InputError("floor is of the distances that are asked for beside it, such as fid or fd_own, and there is none")
     networks = networks_of(metrics)
+    if not networks and (useless := [name for name in OF_DISTANCES if FLAGS[name].value is not None]):
+        raise jd.InputError(f"--{useless[0]} is of distances, and metrics={FLAGS.metrics!r} are none")
     run = jd.load(FLAGS.workdir, FLAGS.ema, FLAGS.step)
     if bits := [name for name in metrics if name in evaluation.METRICS]:
         bits_per_dim(run, bits)
@@ -127,9 +133,10 @@ def distances(run, metrics: list[str], networks: dict) -> None:
     of = {network: [m for m in metrics if m in report.METRICS and report.METRICS[m].network == network] for network in networks}
     extra = [m for m in metrics if m in report.BESIDES]
     real = read_real(run, extra, FLAGS.save_reference or any(takes(each) for each in of.values()))
-    num = FLAGS.num or how_many(networks, real.stats, real.images.get(real.name))
+    given = at_hand(run)
+    num = len(given.images) if given else FLAGS.num or how_many(networks, real.stats, real.images.get(real.name))
     check(run, of, networks, real, num)
-    drawn = given(run, num)
+    drawn = given or draw(run, num)
     for network, seen in networks.items():
         figures(run, drawn, [*of[network], *extra], seen, real)
 
@@ -145,11 +152,21 @@ def check(run, of: dict[str, list[str]], networks: dict, real: Real, num: int) -
         one = jax.ShapeDtypeStruct((1, *run.shape), jnp.uint8)
         widths = {key: a.shape[1] for key, a in jax.eval_shape(seen.apply, one).items()}
         references.check(real.stats, real.images.get(real.name), seen, widths, takes(of[network]))
-    least, needs = max([(report.METRICS[m].least, m) for each in of.values() for m in each], default=(2, "nearest"))
-    if num < least:
-        raise jd.InputError(f"num={num} is too few samples: {needs} needs {least} at least")
-    if FLAGS.save_reference and len(networks) > 1:
-        raise jd.InputError(f"--save_reference writes one network's statistics, and these metrics are of {', '.join(networks)}")
+    every = [m for each in of.values() for m in each]
+    enough(num, f"num={num}" if FLAGS.samples is None else f"{FLAGS.samples}, n={num},", every)
+    if (images := real.images.get(real.name)) is not None:
+        enough(len(images), f"{real.name}, n={len(images)},", [m for m in every if report.METRICS[m].takes is not None])
+    if FLAGS.save_reference:
+        references.writable(FLAGS.save_reference)
+        if len(networks) > 1:
+            raise jd.InputError(f"--save_reference writes one network's statistics, and these metrics are of {', '.join(networks)}")
+
+
+def enough(n: int, what: str, metrics: list[str]) -> None:
+    """Raises InputError where n images of either set are too few for one of the metrics; all else needs two."""
+    least, needs = max([(report.METRICS[m].least, m) for m in metrics], default=(2, "a reference, and nearest,"))
+    if n < least:
+        raise jd.InputError(f"{what} is too few images: {needs} needs {least} at least")
 
 
 def figures(run, drawn: samples.Samples, metrics: list[str], seen, real: Real) -> None:
@@ -170,7 +187,9 @@ def figures(run, drawn: samples.Samples, metrics: list[str], seen, real: Real) -
     if FLAGS.save_reference:
         written = against("pool")
         if meshes.first_process():
-            references.write(FLAGS.save_reference, written)
+            # Only ADM's evaluator looks for images there, and it knows Inception's features alone.
+            beside = real.images.get(real.name) if "spatial" in written.moments else None
+            references.write(FLAGS.save_reference, written, beside)
             say(f"wrote {FLAGS.save_reference}")
     if "nearest" in metrics:
         path = tell(drawn, report.nearest, found, see(held_out), see(train))
@@ -245,20 +264,29 @@ def read_real(run, extra: list[str], needed) -> Real:
 
 def how_many(networks, stats: references.Described | None, images: np.ndarray | None) -> int:
     """50,000 samples, as the field has it; by a classifier's features alone as many as the reference has, if fewer."""
-    n = len(images) if images is not None else stats.n if stats is not None else None
+    n = stats.n if stats is not None and stats.n is not None else None if images is None else len(images)
     return report.FULL if set(networks) != {"own"} or n is None else min(report.FULL, n)
 
 
-def given(run, num: int) -> samples.Samples:
-    """The samples: the model's, or those at hand."""
+def sampling() -> dict:
+    """How samples are to be drawn, as far as the flags say."""
     names = ("steps", "solver", "times", "guidance", "label")
-    settings = {name: FLAGS[name].value for name in names if FLAGS[name].value is not None}
-    if FLAGS.samples is not None:
-        if settings:
-            raise jd.InputError(f"--{next(iter(settings))} is of drawing, and --samples are images at hand; give one of the two")
-        return samples.at_hand(FLAGS.samples, run.shape, FLAGS.num)
+    return {name: FLAGS[name].value for name in names if FLAGS[name].value is not None}
+
+
+def at_hand(run) -> samples.Samples | None:
+    """The images that --samples names; None without."""
+    if FLAGS.samples is None:
+        return None
+    if settings := sampling():
+        raise jd.InputError(f"--{next(iter(settings))} is of drawing, and --samples are images at hand; give one of the two")
+    return samples.at_hand(FLAGS.samples, run.shape, FLAGS.num)
+
+
+def draw(run, num: int) -> samples.Samples:
+    """The model's samples."""
     say(f"{num} samples at step {run.step}, drawn once and kept in {FLAGS.workdir}/evaluation")
-    drawn = samples.drawn(FLAGS.workdir, run, num, FLAGS.seed, settings)
+    drawn = samples.drawn(FLAGS.workdir, run, num, FLAGS.seed, sampling())
     return drawn._replace(facts=drawn.facts | {"step": run.step, "ema": str(FLAGS.ema or runs.average(run.config))})
 
 

@@ -559,7 +559,9 @@ def asked(run: Run, seed: int, labels: np.ndarray | None, settings: dict[str, An
     """What images drawn with these settings depend on, all of it, as JSON: models by their digests."""
     config = run.config
     guides = {"classifier": shards.digest(settings["classifier"].params)} if "classifier" in settings else {}
-    built = {"process": config.process.to_dict(), "codec": config.data.codec, "clip": config.sampling.clip}
+    # An autoencoder is what it has learnt, wherever it lies.
+    codec = shards.digest(run.codec.decode) if first_stage.is_latent(run.codec) else config.data.codec
+    built = {"process": config.process.to_dict(), "codec": codec, "clip": config.sampling.clip}
     which = {"seed": seed, "labels": None if labels is None else labels.tolist(), "model": shards.digest(run.params)}
     return {"times": config.sampling.times, **settings, **guides, **which, **built}
 

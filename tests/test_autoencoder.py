@@ -1,6 +1,8 @@
 """The KL autoencoder: its size, its posterior, as a codec; and a diffusion of its latents, from workdirs to images."""
 
+import json
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -185,6 +187,18 @@ def test_a_workdir_draws_through_the_first_stage_inside_it(place, tmp_path, monk
     assert edited.shape == images.shape
     with pytest.raises(InputError, match="a mask is of pixels"):
         loaded.edit(jax.random.key(0), images, np.ones((8, 8)), steps=4)
+
+
+def test_what_samples_depend_on_is_the_first_stages_weights_and_not_its_place(place, small, tmp_path):
+    def asked(where):
+        return run.asked(jd.load(where), 0, None, {"steps": 3})
+
+    moved, other = shutil.copytree(place, tmp_path / "moved"), shutil.copytree(place, tmp_path / "other")
+    shutil.rmtree(other / "first_stage")
+    workdir.write(other / "first_stage", first_config(scale=0.5), jax.tree.map(lambda a: a * 1.01, small[1]))
+    here, elsewhere, changed = (asked(where) for where in (place, moved, other))
+    assert json.dumps(elsewhere) == json.dumps(here)
+    assert {key for key in here if changed[key] != here[key]} == {"codec"}
 
 
 def test_the_first_stage_is_found_inside_then_here(place, tmp_path, monkeypatch):

@@ -66,6 +66,14 @@ def test_a_set_has_no_frechet_distance_from_itself_even_with_a_singular_covarian
     assert frechet(found, shifted) == pytest.approx(300, rel=1e-9)
 
 
+def test_covariances_that_a_file_rounded_to_float32_have_no_distance_from_themselves():
+    """Rounding makes half of the eigenvalues that are 0 negative: with the traces as they are the distance would be below -1e-5."""
+    found = distances.moments(np.abs(features(50, 300)))
+    rounded = found._replace(cov=found.cov.astype(np.float32).astype(np.float64))
+    assert np.linalg.eigvalsh(rounded.cov).min() < -1e-7 * np.trace(rounded.cov) / 300
+    assert abs(frechet(rounded, rounded)) < 1e-12 * np.trace(rounded.cov)
+
+
 def test_too_few_images_for_a_covariance_is_said():
     line = distances.shortage(1000, 2048)
     assert line == "n=1000 is not above 2048 features: the covariance is singular and the distance biased upward"

@@ -169,7 +169,7 @@ def test_a_reference_is_computed_once_for_its_images_and_its_network(digits, tmp
 # Files of statistics.
 
 
-def test_statistics_are_written_for_pytorch_fid_and_adm_and_read_back(digits, tmp_path):
+def test_statistics_are_written_for_pytorch_fid_and_adm_and_read_back(digits, tmp_path, monkeypatch):
     found = references.describe(digits[1][:30], features(), 30, "few")
     references.write(tmp_path / "s.npz", found)
     with np.load(tmp_path / "s.npz", allow_pickle=False) as arrays:
@@ -180,6 +180,12 @@ def test_statistics_are_written_for_pytorch_fid_and_adm_and_read_back(digits, tm
     assert images is None and not len(back.pool)
     assert back[1:5] == found[1:5] and back.name == "s.npz (few)" and back.moments["pool"].n == 30
     np.testing.assert_array_equal(back.moments["pool"].cov, found.moments["pool"].cov)
+    # With images beside them, a few of many, which ADM's evaluator needs and where single images are the reference here.
+    monkeypatch.setattr(references, "IMAGES", 9)
+    references.write(tmp_path / "adm.npz", found, digits[1][:30])
+    stats, images = references.read(tmp_path / "adm.npz")
+    assert images.shape == (9, 8, 8, 1) and images.dtype == np.uint8 and stats.n == 30
+    assert {image.tobytes() for image in images} < {image.tobytes() for image in digits[1][:30]}
     for target in (tmp_path / "s.txt", tmp_path):
         with pytest.raises(InputError, match=r"statistics are written to an \.npz file"):
             references.write(target, found)
@@ -207,6 +213,11 @@ def arrays(**changed):
     [
         ({"a": np.zeros(3)}, r"has neither statistics \(mu and sigma\) nor images \(arr_0\); its keys are a"),
         ({"mu": np.zeros(6)}, "has mu without sigma"),
+        (arrays(n=np.zeros(3, int)), r"n=\[0 0 0\] is no number of images"),
+        (arrays(n="many"), "n=many is no number of images"),
+        (arrays(n=-4), "n=-4 is no number of images"),
+        (arrays(sigma=-np.eye(6)), "sigma is no covariance: it is not symmetric, or has a negative variance"),
+        (arrays(sigma=np.triu(np.ones((6, 6)))), "sigma is no covariance"),
         (arrays(sigma=np.eye(5)), r"mu and sigma are of shapes \[d\] and \[d, d\], got \(6,\) and \(5, 5\)"),
         (arrays(mu=np.full(6, np.nan)), "mu or sigma holds what is not a finite number"),
         (arrays(mu=np.zeros(6, int)), "mu or sigma holds what is not a finite number"),
@@ -357,6 +368,26 @@ def test_the_floor_is_of_as_many_samples_as_held_out_images():
     assert more["samples_at_n"]["value"] == report.figure("fd_own", described(a), described(reference))["value"]
 
 
+def test_a_reference_is_told_with_the_digest_of_its_images_or_else_of_its_statistics(tmp_path):
+    known = report.figure("fid", described(rows(30)), described(rows(40, seed=1)))
+    assert (known["reference"]["images"], known["reference"]["statistics"]) == ("images", None)
+    assert report.line(known).endswith("against set (n=40, images), features of net (digest)")
+    digests, files = set(), set()
+    for seed in (1, 2):  # two files of one name
+        foreign = described(rows(40, seed=seed), "theirs.npz", n=None, images="", digest="", network="")
+        row = report.figure("fid", described(rows(30)), foreign._replace(n=None))
+        digests.add(row["reference"]["statistics"])
+        files.add(report.save(tmp_path, row))
+        assert row["reference"]["images"] is None and f"(unknown n, {row['reference']['statistics'][:12]})" in report.line(row)
+    assert len(digests) == len(files) == 2
+
+
+def test_held_out_images_that_are_training_images_are_refused(digits):
+    same = references.describe(digits[0][:50], features(), 50, "set")
+    with pytest.raises(InputError, match="most images of valid are images of set as well"):
+        report.nearest(same, same._replace(name="valid"), same)
+
+
 def test_copies_of_training_images_show_as_nearest(digits):
     train, test = digits[0][:50], digits[1]
     seen = features()
@@ -411,7 +442,7 @@ def test_a_figure_says_all_that_it_is_of_and_is_of_the_images_that_were_drawn(ca
     seen = features(name="inception")
     exact = distances.frechet(*(references.describe(x, seen, 100, "x").moments["pool"] for x in (images, digits[0])))
     assert row["value"] == pytest.approx(exact, rel=1e-4) and row["value"] > 1
-    assert f"fid (n=12): {row['value']:.5g} against digits train (n=1498)" in out
+    assert f"fid (n=12): {row['value']:.5g} against digits train (n=1498, {row['reference']['images'][:12]}), features of" in out
     kept = {"solver": "ddim", "steps": 2, "times": "uniform", "guidance": 2.0, "seed": 0, "labels": "each class in turn", "step": 0}
     assert kept.items() <= row["samples"].items() and row["samples"]["ema"] == "0.9"
     assert row["n"] == 12 and row["features"]["digest"] == seen.digest
@@ -445,7 +476,8 @@ def test_nearest_alone_is_by_the_network_whose_weights_are_given(call, workdir, 
 def test_statistics_written_are_the_same_reference_as_the_images(call, workdir, digits, tmp_path):
     np.savez(tmp_path / "x.npz", images=digits[1][:50])
     call(metrics="fid,sfid", samples=tmp_path / "x.npz", save_reference=tmp_path / "s.npz")
-    call(metrics="fid,sfid", samples=tmp_path / "x.npz", reference=tmp_path / "s.npz")
+    call(metrics="fid,sfid,kid", samples=tmp_path / "x.npz", reference=tmp_path / "s.npz")
+    assert told(workdir, "kid")["reference"]["images"] == jd.shards.digest(digits[0])
     for metric in ("fid", "sfid"):
         values = [json.loads(p.read_text())["value"] for p in (workdir / "evaluation").glob(f"{metric}-*.json")]
         assert len(values) in (1, 2) and max(values) == pytest.approx(min(values), rel=1e-12)
@@ -453,7 +485,8 @@ def test_statistics_written_are_the_same_reference_as_the_images(call, workdir, 
     out = call(metrics="fid,kid", samples=tmp_path / "x.npz", reference=tmp_path / "adm.npz")
     assert "fid (n=50): " in out and "adm.npz does not say of which feature network it is" in out
     other = jd.shards.digest(digits[0])
-    assert [json.loads(p.read_text())["reference"]["images"] for p in (workdir / "evaluation").glob("kid-*.json")] == [other]
+    kids = [json.loads(p.read_text())["reference"] for p in (workdir / "evaluation").glob("kid-*.json")]
+    assert {(kid["name"], kid["images"]) for kid in kids} == {("adm.npz", other), ("s.npz (digits train)", other)}
 
 
 def test_without_a_number_there_are_as_many_samples_as_the_field_or_the_reference_has(evaluate):
@@ -461,6 +494,8 @@ def test_without_a_number_there_are_as_many_samples_as_the_field_or_the_referenc
     assert evaluate.how_many(["own"], None, images) == 70
     assert evaluate.how_many(["inception"], None, images) == evaluate.how_many(["inception", "own"], None, images) == 50_000
     stats = described(rows(9), n=60_000)
+    assert evaluate.how_many(["own"], stats._replace(n=300), images) == 300  # of which the file holds some images
+    assert evaluate.how_many(["own"], stats._replace(n=None), images) == 70
     assert evaluate.how_many(["own"], stats, None) == 50_000
     assert (
         evaluate.how_many(["own"], stats._replace(n=None), None) == 50_000
@@ -473,8 +508,8 @@ def test_without_a_number_there_are_as_many_samples_as_the_field_or_the_referenc
     [
         ({"metrics": "fid,fidd"}, "metrics='fid,fidd' is unknown; allowed: bpd_elbo, bpd_ode, fid, sfid, is, kid"),
         ({"metrics": ""}, "metrics='' is unknown"),
-        ({"num": 1}, "num=1 is too few samples: fid needs 2 at least"),
-        ({"num": 9, "metrics": "fid,is"}, "num=9 is too few samples: is needs 10 at least"),
+        ({"num": 1}, "num=1 is too few images: fid needs 2 at least"),
+        ({"num": 9, "metrics": "fid,is"}, "num=9 is too few images: is needs 10 at least"),
         ({"num": -1}, "num=-1 is negative"),
         ({"label": 10}, "label=10 is out of range; allowed: 0 to 9, or -1 for none"),
         ({"label": -1, "guidance": 2}, "guidance=2.0 needs a label"),
@@ -484,6 +519,9 @@ def test_without_a_number_there_are_as_many_samples_as_the_field_or_the_referenc
         ({"metrics": "nearest"}, "need a feature network: give --inception, --dinov2 or --classifier"),
         ({"metrics": "is,floor"}, "floor is of the distances that are asked for beside it, such as fid or fd_own"),
         ({"split": "valid"}, "digits has no split 'valid'"),
+        ({"metrics": "fid", "save_reference": "s.txt"}, "statistics are written to an .npz file, got s.txt"),
+        ({"metrics": "fid", "save_reference": "nowhere/s.npz"}, "nowhere/s.npz cannot be written: the folder"),
+        ({"metrics": "bpd_elbo", "samples": "x.npz"}, "--samples is of distances, and metrics='bpd_elbo' are none"),
         ({"samples": "nowhere.npz"}, "nowhere.npz is not there"),
         ({"samples": "nowhere.npz", "steps": 3}, "--steps is of drawing, and --samples are images at hand"),
         ({"reference": "nowhere.npz"}, "nowhere.npz is not there"),
@@ -495,6 +533,17 @@ def test_what_cannot_be_evaluated_is_one_line_and_draws_nothing(call, workdir, s
     with pytest.raises(InputError, match=said.replace("(", r"\(").replace("?", r"\?")) as error:
         call(**{"metrics": "fid", "num": 4, **settings})
     assert "\n" not in str(error.value) and not list((workdir / "evaluation").glob("**/part_*"))
+
+
+def test_too_few_images_of_either_set_are_told_before_any_figure(call, workdir, digits, tmp_path):
+    np.savez(tmp_path / "x.npz", images=digits[0][:5])
+    for settings, said in (
+        ({"reference": tmp_path / "x.npz"}, r"x\.npz, n=5, is too few images: dc needs 6 at least"),
+        ({"samples": tmp_path / "x.npz"}, r"x\.npz, n=5, is too few images: dc needs 6 at least"),
+    ):
+        with pytest.raises(InputError, match=said):
+            call(metrics="fid,dc", **({"num": 8} if "samples" not in settings else {}), **settings)
+    assert not list((workdir / "evaluation").glob("*"))
 
 
 def test_own_features_without_a_classifier_are_one_line(evaluate):

@@ -90,8 +90,10 @@ def frechet(a: Moments, b: Moments) -> float:
     The last trace is the nuclear norm of R' S where C = R R' and C' = S S': it needs no square root of a product that rounding
     makes indefinite, so covariances may be singular. Source: Dowson and Landau 1982; Heusel et al. 2017, equation 6.
     """
-    between = np.linalg.svd(_root(a.cov).T @ _root(b.cov), compute_uv=False).sum()
-    return float(np.square(a.mean - b.mean).sum() + np.trace(a.cov) + np.trace(b.cov) - 2 * between)
+    r, s = _root(a.cov), _root(b.cov)
+    between = np.linalg.svd(r.T @ s, compute_uv=False).sum()
+    # The traces are of the roots' products too: what rounding made negative, as in a file of float32, is then nowhere.
+    return float(np.square(a.mean - b.mean).sum() + np.square(r).sum() + np.square(s).sum() - 2 * between)
 
 
 def _root(cov: Array) -> Array:

@@ -1,7 +1,8 @@
 """What a feature network says of a set of images: computed over all devices, kept in a cache, and read from statistics of others.
 
 A file of statistics is an .npz with the keys of pytorch-fid (mu, sigma) or of ADM's evaluator (mu_s, sigma_s too, and images in
-arr_0). Ours have the same keys, so that both read them, and say n, name, network, digest and images_digest besides.
+arr_0, without which the evaluator reads no reference). Ours have the same keys, so that both read them, and say n, name, network,
+digest and images_digest besides.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 from tqdm import tqdm
 
 from jaxdiff import mesh as meshes
@@ -21,6 +23,8 @@ from jaxdiff.training.checkpoint import place
 
 # Rows of features that are kept, spread over a larger set; moments are of all.
 KEPT = 50_000
+# Images in a file of statistics, as in ADM's of ImageNet.
+IMAGES = 10_000
 # The keys of a file of statistics, by what the moments are of.
 KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
@@ -138,15 +142,29 @@ def _from_cache(file, features: Any) -> Described | None:
     return found if found is None or found.digest == features.digest else None
 
 
-def write(path: str | os.PathLike[str], described: Described) -> None:
-    """Writes the moments as .npz, for pytorch-fid, ADM's evaluator and `read`. Raises InputError where it cannot be written."""
+def write(path: str | os.PathLike[str], described: Described, images: np.ndarray | None = None) -> None:
+    """Writes the moments as .npz, for pytorch-fid and `read`, and with `images`, of which IMAGES are kept, for ADM's evaluator.
+
+    Raises InputError where it cannot be written.
+    """
+    target = writable(path)
+    arrays = _arrays(described)
+    if images is not None:
+        arrays["arr_0"] = np.asarray(images[np.sort(any_rows(len(images), IMAGES))])
+    try:
+        shards.whole(target, lambda file: np.savez(file, **arrays))
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def writable(path: str | os.PathLike[str]) -> epath.Path:
+    """Where statistics are to be written. Raises InputError unless it is an .npz file in a folder that is there."""
     target = place(path)
     if target.suffix != ".npz" or target.is_dir():
         raise InputError(f"statistics are written to an .npz file, got {path}")
-    try:
-        shards.whole(target, lambda file: np.savez(file, **_arrays(described)))
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
+    if "://" not in str(path) and not target.parent.is_dir():
+        raise InputError(f"{path} cannot be written: the folder {target.parent} is not there")
+    return target
 
 
 def _arrays(described: Described) -> dict[str, Any]:
@@ -163,19 +181,27 @@ def read(path: str | os.PathLike[str]) -> tuple[Described, np.ndarray | None]:
     Raises InputError where it cannot be read, holds a pickle, or has neither.
     """
     arrays = load_npz(path)
-    moments = {key: _moments(path, arrays, *names) for key, names in KEYS.items() if names[0] in arrays}
+    n = _number(path, arrays.get("n"))
+    moments = {key: _moments(path, arrays, n, *names) for key, names in KEYS.items() if names[0] in arrays}
     images = arrays.get("arr_0", arrays.get("images"))
     if not moments and images is None:
         raise InputError(
             f"{path} has neither statistics (mu and sigma) nor images (arr_0); its keys are {', '.join(arrays) or 'none'}"
         )
     images_digest, network, digest = (str(arrays.get(key, "")) for key in ("images_digest", "network", "digest"))
-    n = int(arrays["n"]) if "n" in arrays else None
     name = place(path).name + (f" ({arrays['name']})" if "name" in arrays else "")
     return Described(name, n, images_digest, network, digest, moments, arrays.get("pool", NONE)), images
 
 
-def _moments(path, arrays: dict[str, np.ndarray], mu: str, sigma: str) -> Moments:
+def _number(path, n: np.ndarray | None) -> int | None:
+    if n is None:
+        return None
+    if n.shape or not np.issubdtype(n.dtype, np.integer) or n < 1:
+        raise InputError(f"{path}: n={n} is no number of images")
+    return int(n)
+
+
+def _moments(path, arrays: dict[str, np.ndarray], n: int | None, mu: str, sigma: str) -> Moments:
     if sigma not in arrays:
         raise InputError(f"{path} has {mu} without {sigma}")
     mean, cov = arrays[mu], arrays[sigma]
@@ -183,7 +209,9 @@ def _moments(path, arrays: dict[str, np.ndarray], mu: str, sigma: str) -> Moment
         raise InputError(f"{path}: {mu} and {sigma} are of shapes [d] and [d, d], got {mean.shape} and {cov.shape}")
     if not all(np.issubdtype(a.dtype, np.floating) and np.isfinite(a).all() for a in (mean, cov)):
         raise InputError(f"{path}: {mu} or {sigma} holds what is not a finite number")
-    return Moments(int(arrays["n"]) if "n" in arrays else None, mean.astype(np.float64), cov.astype(np.float64))
+    if np.diag(cov).min() < 0 or np.abs(cov - cov.T).max() > 1e-4 * np.abs(cov).max():
+        raise InputError(f"{path}: {sigma} is no covariance: it is not symmetric, or has a negative variance")
+    return Moments(n, mean.astype(np.float64), cov.astype(np.float64))
 
 
 def load_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:

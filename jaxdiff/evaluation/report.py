@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from jaxdiff import pictures
+from jaxdiff import pictures, shards
+from jaxdiff.errors import InputError
 from jaxdiff.evaluation import distances, references
 from jaxdiff.evaluation.references import Described
 from jaxdiff.training.checkpoint import place
@@ -25,7 +26,7 @@ class Metric(NamedTuple):
     """A figure of two described sets.
 
     `network` is whose features it takes, `title` its name, `takes` what of the reference: "pool" or "spatial" for moments, "" for
-    single images, None for nothing; `least` how few samples will do; `figures(samples, reference) -> dict` for JSON.
+    single images, None for nothing; `least` how few images of either set will do; `figures(samples, reference) -> dict` for JSON.
     """
 
     network: str
@@ -74,15 +75,15 @@ METRICS = {
     "is": Metric("inception", "inception score", None, 10, _score),
     "kid": Metric("inception", "kid", "", 2, _kernel),
     "pr": Metric("inception", "precision and recall", "", 4, _precision_recall),
-    "dc": Metric("inception", "density and coverage", "", 2, _density_coverage),
+    "dc": Metric("inception", "density and coverage", "", 6, _density_coverage),
     "fd_dinov2": Metric("dinov2", "fd of {network}", "pool", 2, _frechet),
     "kd_dinov2": Metric("dinov2", "kernel distance of {network}", "", 2, _kernel),
     "pr_dinov2": Metric("dinov2", "precision and recall of {network}", "", 4, _precision_recall),
-    "dc_dinov2": Metric("dinov2", "density and coverage of {network}", "", 2, _density_coverage),
+    "dc_dinov2": Metric("dinov2", "density and coverage of {network}", "", 6, _density_coverage),
     "fd_own": Metric("own", "own-feature distance (of {network})", "pool", 2, _frechet),
     "kd_own": Metric("own", "own-feature kernel distance (of {network})", "", 2, _kernel),
     "pr_own": Metric("own", "own-feature precision and recall (of {network})", "", 4, _precision_recall),
-    "dc_own": Metric("own", "own-feature density and coverage (of {network})", "", 2, _density_coverage),
+    "dc_own": Metric("own", "own-feature density and coverage (of {network})", "", 6, _density_coverage),
     "is_own": Metric("own", "own-classifier score (of {network})", None, 10, _score),
 }
 # Of each network asked for: real held-out images in the samples' place, and the training images nearest to samples.
@@ -115,11 +116,13 @@ def label(title: str, n: int | None) -> str:
 
 
 def told(described: Described) -> dict[str, Any]:
-    """What is told of a reference; None where a file does not say."""
+    """What is told of a reference; None where a file does not say. It has the digest of its images, or else of its statistics."""
+    statistics = {key: (each.mean, each.cov) for key, each in described.moments.items()}
     return {
         "name": described.name,
         "n": described.n,
         "images": described.images or None,
+        "statistics": None if described.images else shards.digest(statistics),
         "network": described.network or "unknown network",
         "digest": described.digest or None,
     }
@@ -149,9 +152,11 @@ def nearest(samples: Described, held_out: Described, train: Described) -> dict[s
     """How near samples are to training images, as a dict for JSON; `shown` are the nearest to the first samples, for `picture`.
 
     The figure is the median distance of samples to the nearest training image over that of held-out images: well below 1, samples
-    are nearer to what was learned than new images are.
+    are nearer to what was learned than new images are. Raises InputError where most of the held-out images are training images.
     """
     to_samples, to_held_out = (float(np.median(distances.nearest(each.pool, train.pool)[1])) for each in (samples, held_out))
+    if not to_held_out > 0:
+        raise InputError(f"most images of {held_out.name} are images of {train.name} as well; held-out ones are others")
     rows, far = distances.nearest(samples.pool[:SHOWN], train.pool, min(BESIDE, len(train.pool)))
     rows = references.kept_rows(train.n or 0)[rows]
     title = f"nearest training images by {samples.network}, distance of samples over that of {held_out.name}"
@@ -182,8 +187,9 @@ def line(row: dict[str, Any]) -> str:
         value += f" (as many samples: {_value(row['samples_at_n'])})"
     if reference := row["reference"]:
         n = "unknown n" if reference["n"] is None else f"n={reference['n']}"
-        value += f" against {reference['name']} ({n})"
-    return "\n  ".join([f"{row['label']}: {value}, features of {row['features']['network']}", *row.get("notes", [])])
+        value += f" against {reference['name']} ({n}, {(reference['images'] or reference['statistics'])[:12]})"
+    network, digest = row["features"].values()
+    return "\n  ".join([f"{row['label']}: {value}, features of {network} ({digest[:12]})", *row.get("notes", [])])
 
 
 def _value(row: dict[str, Any]) -> str:
