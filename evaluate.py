@@ -121,11 +121,15 @@ def bits_per_dim(run, metrics: list[str]) -> None:
 
 
 class Real(NamedTuple):
-    """What samples are compared with: the statistics of --reference or None, the reference's name, and images by their names."""
+    """What samples are compared with: the statistics of --reference or None, the reference's name, and images by their names.
+
+    `labels` are those of the held-out images.
+    """
 
     stats: references.Described | None
     name: str
     images: dict[str, np.ndarray]
+    labels: np.ndarray
 
 
 def distances(run, metrics: list[str], networks: dict) -> None:
@@ -183,7 +187,7 @@ def figures(run, drawn: samples.Samples, metrics: list[str], seen, real: Real) -
         to = report.METRICS[metric].takes
         tell(drawn, report.figure, metric, found, None if to is None else against(to))
         if "floor" in metrics and to in report.FLOORED:
-            tell(drawn, report.floor, metric, found, see(held_out), against(to))
+            tell(drawn, report.floor, metric, found, see(held_out), as_samples(drawn, real.labels), against(to))
     if FLAGS.save_reference:
         written = against("pool")
         if meshes.first_process():
@@ -197,6 +201,13 @@ def figures(run, drawn: samples.Samples, metrics: list[str], seen, real: Real) -
             picture = report.picture(json.loads(path.read_text()), drawn.images, real.images[train])
             jd.pictures.save(path.with_suffix(".png"), picture)
             say(f"wrote {path.with_suffix('.png')}")
+
+
+def as_samples(drawn: samples.Samples, labels: np.ndarray) -> np.ndarray:
+    """Rows of the kept held-out images in which classes come as they do among the samples."""
+    labels = labels[references.kept_rows(len(labels))]
+    rows = references.in_turn if drawn.facts.get("labels") == samples.IN_TURN else lambda of, n: references.any_rows(len(of), n)
+    return rows(labels, len(labels))
 
 
 def tell(drawn: samples.Samples, make, *sets):
@@ -251,15 +262,18 @@ def read_real(run, extra: list[str], needed) -> Real:
     train, held_out = names(run)
     if extra and held_out in (train, "" if FLAGS.reference else name):
         raise jd.InputError(f"held_out={FLAGS.held_out} is what the model was trained on, or the reference; give another split")
-    images = {train: load(run, run.config.data.split).images, held_out: load(run, FLAGS.held_out).images} if extra else {}
+    images, labels = {}, np.zeros(0, np.int32)
+    if extra:
+        unseen = load(run, FLAGS.held_out)
+        images, labels = {train: load(run, run.config.data.split).images, held_out: unseen.images}, unseen.labels
     if FLAGS.reference is None:
         more = {name: load(run, FLAGS.split or run.config.data.split).images} if needed else {}
-        return Real(None, name, images | more)
+        return Real(None, name, images | more, labels)
     stats, at_hand = references.read(FLAGS.reference)
     if at_hand is not None:
         samples.check(FLAGS.reference, at_hand, run.shape)
         images[stats.name] = at_hand
-    return Real(stats, stats.name, images)
+    return Real(stats, stats.name, images, labels)
 
 
 def how_many(networks, stats: references.Described | None, images: np.ndarray | None) -> int:

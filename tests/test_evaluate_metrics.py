@@ -356,15 +356,16 @@ def test_what_makes_a_figure_doubtful_is_noted():
 
 def test_the_floor_is_of_as_many_samples_as_held_out_images():
     a, held_out, reference = rows(30), rows(12, seed=2), rows(40, seed=1, shift=1.0)
-    row = report.floor("fd_own", described(a), described(held_out, "held out"), described(reference))
+    row = report.floor("fd_own", described(a), described(held_out, "held out"), np.arange(12), described(reference))
     of = [pytest.approx(distances.frechet(distances.moments(x), distances.moments(reference))) for x in (held_out, a[:12])]
     assert [row["value"], row["samples_at_n"]["value"]] == of
     assert row["metric"] == "floor_fd_own" and row["label"] == "floor (held out) of own-feature distance (of net, n=12)"
-    # Of a larger split any are taken: its first may be all of one kind.
+    # Of a larger split its first may be all of one kind; the caller says which.
+    any_rows = references.any_rows(200, 200)
     by_kind = np.concatenate([rows(100, seed=2), rows(100, seed=3, shift=9.0)])
-    more = report.floor("fd_own", described(a), described(by_kind, "held out"), described(by_kind))
+    more = report.floor("fd_own", described(a), described(by_kind, "held out"), any_rows, described(by_kind))
     assert more["n"] == 30 and more["value"] < 0.3 * distances.frechet(*map(distances.moments, (by_kind[:30], by_kind)))
-    more = report.floor("fd_own", described(a), described(by_kind, "held out"), described(reference))
+    more = report.floor("fd_own", described(a), described(by_kind, "held out"), any_rows, described(reference))
     assert more["samples_at_n"]["value"] == report.figure("fd_own", described(a), described(reference))["value"]
 
 
@@ -557,3 +558,15 @@ def test_rows_in_turn_have_every_class_equally_often_until_one_ends():
     assert labels[rows].tolist() == [3, 5, 9] * 2 and len(set(rows.tolist())) == 6
     assert labels[references.in_turn(labels, 4)].tolist() == [3, 5, 9, 3]
     assert sorted(references.in_turn(np.full(7, -1), 100).tolist()) == list(range(7))
+
+
+def test_a_floor_has_each_class_as_often_as_samples_have_it(call, workdir, digits):
+    call(metrics="fd_own,floor", num=60)
+    labels = jd.data.load("digits", "test").labels
+    rows = references.in_turn(labels, 60)
+    assert np.bincount(labels[rows]).tolist() == [6] * 10
+    both = jd.data.load("digits", "test").images[rows], digits[0]
+    floor = told(workdir, "floor_fd_own")
+    assert floor["n"] == 60 and floor["value"] == pytest.approx(
+        distances.frechet(*(references.describe(x, features(), 100, "x").moments["pool"] for x in both)), rel=1e-4
+    )

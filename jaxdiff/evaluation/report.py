@@ -128,14 +128,14 @@ def told(described: Described) -> dict[str, Any]:
     }
 
 
-def floor(metric: str, samples: Described, held_out: Described, reference: Described) -> dict[str, Any]:
+def floor(metric: str, samples: Described, held_out: Described, rows: np.ndarray, reference: Described) -> dict[str, Any]:
     """The metric of real held-out images, and of as many samples: what a perfect model would have at this n, and what this has.
 
-    The samples are the first, those that a request of so many would have drawn; a split may be in the order of its classes, so of
-    a larger one any are taken. Distances of few images are biased upward: the two are to be compared with each other alone.
+    The samples are the first, those that a request of so many would have drawn; the held-out images are the first of `rows`.
+    Distances of few images are biased upward: the two are to be compared with each other alone.
     """
-    m = min(len(samples.pool), len(held_out.pool))
-    real = part(held_out, references.any_rows(len(held_out.pool), m))
+    m = min(len(samples.pool), len(rows))
+    real = part(held_out, rows[:m])
     row, same = figure(metric, real, reference), METRICS[metric].figures(part(samples, np.arange(m)), reference)
     title = f"floor ({held_out.name}) of {METRICS[metric].title.format(network=samples.network)}"
     told_of = {"label": label(title, m), "held_out": told(held_out)}

@@ -15,6 +15,9 @@ from jaxdiff.evaluation.references import any_rows, load_npz
 from jaxdiff.experiment import build
 from jaxdiff.training.checkpoint import place
 
+# What is told of labels where nobody asked for one.
+IN_TURN = "each class in turn"
+
 
 class Samples(NamedTuple):
     """Images uint8 [n, H, W, C], and what to tell of them with every figure: how they were made, or where they were read."""
@@ -45,7 +48,7 @@ def drawn(workdir: str | os.PathLike[str], run: runs.Run, num: int, seed: int, s
 def _told(labels: np.ndarray | None) -> str | int | None:
     if labels is None:
         return None
-    return int(labels[0]) if (labels == labels[0]).all() and len(labels) > 1 else "each class in turn"
+    return int(labels[0]) if (labels == labels[0]).all() and len(labels) > 1 else IN_TURN
 
 
 def at_hand(path: str | os.PathLike[str], shape: tuple[int, ...], num: int = 0) -> Samples:
