@@ -35,6 +35,8 @@ flags.DEFINE_string("out", None, "A .png file for the two curves; their numbers 
 
 
 def main() -> None:
+    if lost := [name for name in ("workdir", "classifier") if FLAGS[name].value is None]:
+        raise jd.InputError(f"--{lost[0]}=DIR is missing")
     network = features.classifier(FLAGS.classifier)
     run = jd.load(FLAGS.workdir)
     train, test = (of_split(run, split) for split in ("train", "test"))

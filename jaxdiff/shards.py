@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -98,8 +99,12 @@ def write(path: epath.Path, array: np.ndarray) -> None:
 
 
 def whole(path: epath.Path, save: Callable[[Any], Any]) -> None:
-    """Writes a file by `save(file)`, whole or not at all."""
-    temporary = path.parent / (path.name + ".partial")
-    with temporary.open("wb") as file:
-        save(file)
-    temporary.replace(path)
+    """Writes a file by `save(file)`, whole or not at all; of several that write it at once, as a shared cache, the last stays."""
+    temporary = path.parent / f"{path.name}.{uuid.uuid4().hex[:12]}.partial"
+    try:
+        with temporary.open("wb") as file:
+            save(file)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

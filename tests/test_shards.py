@@ -103,3 +103,17 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(OSError, match="no space"):
         shards.whole(path, full)
     assert np.load(path)["a"].tolist() == [0, 1, 2]
+    assert list(tmp_path.iterdir()) == [tmp_path / "out.npz"]
+
+
+def test_two_may_write_one_file_at_once(tmp_path):
+    path = epath.Path(tmp_path / "shared")
+
+    def slow(file):
+        file.write(b"sl")
+        shards.whole(path, lambda other: other.write(b"fast"))
+        assert path.read_bytes() == b"fast"
+        file.write(b"ow")
+
+    shards.whole(path, slow)
+    assert path.read_bytes() == b"slow" and list(tmp_path.iterdir()) == [tmp_path / "shared"]
