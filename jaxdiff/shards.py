@@ -99,7 +99,7 @@ def write(path: epath.Path, array: np.ndarray) -> None:
 
 
 def whole(path: epath.Path, save: Callable[[Any], Any]) -> None:
-    """Writes a file by `save(file)`, whole or not at all; of several that write it at once, as a cache they share, the last stays."""
+    """Writes a file by `save(file)`, whole or not at all; of several that write it at once, as a shared cache, the last stays."""
     temporary = path.parent / f"{path.name}.{uuid.uuid4().hex[:12]}.partial"
     try:
         with temporary.open("wb") as file:
