@@ -56,7 +56,7 @@ def load(shapes: Any, rows: Sequence[Row], state: Mapping[str, np.ndarray], igno
         if theirs.shape != expected:
             raise InputError(f"tensor {row.theirs} has shape {theirs.shape}, this architecture's has {expected}")
         with np.errstate(over="ignore"):  # told below
-            ours = np.ascontiguousarray(row.layout.load(theirs), dtype=np.float32)
+            ours = np.asarray(row.layout.load(theirs), np.float32)  # no copy where it is one already
         if not np.isfinite(ours).all():
             raise InputError(f"tensor {row.theirs} has numbers that are not finite in float32: the file is damaged")
         return ours
