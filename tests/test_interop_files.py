@@ -1,15 +1,18 @@
 """Files of tensors: what is read, what is refused and in which words."""
 
+import gc
 import io
 import json
+import math
 import pickle
+import weakref
 import zipfile
 
 import numpy as np
 import pytest
 
 from jaxdiff.errors import InputError
-from jaxdiff.interop import files, mapping, torchfile
+from jaxdiff.interop import files, folder, mapping, torchfile
 
 
 def tensors():
@@ -182,6 +185,10 @@ def test_safetensors_in_parts(tmp_path):
     index.write_text(json.dumps({"weight_map": {"b": "one.safetensors"}}))
     with pytest.raises(InputError, match=r"names b, which one.safetensors does not hold"):
         files.read(index)
+    for wrong in ({"weight_map": ["a"]}, {"weight_map": {"a": 3}}, {}, []):
+        index.write_text(json.dumps(wrong))
+        with pytest.raises(InputError, match="has no weight_map of names to files"):
+            files.read(index)
 
 
 SHAPES = {"params": {"c": {"kernel": np.zeros((3, 3, 2, 4)), "bias": np.zeros(4)}, "d": {"kernel": np.zeros((2, 5))}}}
@@ -213,3 +220,53 @@ def test_mapping_names_what_does_not_fit():
     mapping.load(SHAPES, ROWS, state() | {"odd": np.zeros(1)}, ignored=("od",))
     with pytest.raises(InputError, match=r"tensor conv.weight has shape \(4, 2, 1, 1\), this architecture's has \(4, 2, 3, 3\)"):
         mapping.load(SHAPES, ROWS, state() | {"conv.weight": np.zeros((4, 2, 1, 1))})
+    for bad in (np.nan, np.inf, 1e300):  # the last is too large for float32
+        with pytest.raises(InputError, match=r"tensor conv.bias has numbers that are not finite in float32"):
+            mapping.load(SHAPES, ROWS, state() | {"conv.bias": np.array([0, 0, bad, 0])})
+
+
+def test_what_trainers_leave_beside_the_tensors_is_passed_over_and_does_nothing(tmp_path):
+    tree = {
+        "w": tensor("0", "FloatStorage", 0, (2,), (1,), 2),
+        "args": Named("argparse", "Namespace", "lr", 1e-4),
+        "callbacks": {"saver": Named("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint")},
+        "best": Named("numpy.core.multiarray", "scalar", Named("numpy", "dtype", "f8"), Named("_codecs", "encode", "x", "latin1")),
+    }
+    numbers = np.arange(2, dtype=np.float32)
+    same(files.read(torch_zip(tmp_path / "a.ckpt", tree, {"0": numbers})), {"w": numbers})
+    with pytest.raises(InputError, match=r"its pickle asks for pytorch_lightning.callbacks.model_checkpoint.os"):
+        files.read(torch_zip(tmp_path / "b.ckpt", {"x": Named("pytorch_lightning.callbacks.model_checkpoint", "os")}, {}))
+
+
+def test_tensors_are_let_go_after_their_last_use(tmp_path):
+    """A file of weights may be as large as half the memory: nothing may hold it until the garbage collector happens to run."""
+    path = torch_zip(tmp_path / "a.pt", {"w": tensor("0", "FloatStorage", 0, (3,), (1,), 3)}, {"0": np.arange(3, dtype=np.float32)})
+    gc.disable()
+    try:
+        held = weakref.ref(files.read(path)["w"].base)
+        assert held() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("kind", "able", "unable"),
+    [
+        (folder.COUNT, [1, 7], [0, -1, 1.0, True, "1", None, [1]]),
+        (folder.OFFSET, [0, 7], [-1, 0.0, False, None]),
+        (folder.NUMBER, [0, 0.5, 2], [-1, math.inf, math.nan, True, "0", None]),
+        (folder.POSITIVE, [1e-6, 2], [0, -1, math.inf, "1", None]),
+        (folder.FLAG, [True, False], [0, 1, None, "no"]),
+        (folder.COUNTS, [[1, 2], (3,)], [[], [0], [1.5], 3, None, "12"]),
+        (folder.WORDS, [["a"], ("a", "b")], [[], "a", [1], None]),
+        (folder.SIZE, [8, [8, 16]], [0, [8], [8, 8, 8], [], "8", None]),
+        (folder.or_null(folder.COUNT), [None, 2], [0, "1"]),
+    ],
+)
+def test_a_value_of_a_foreign_config_is_of_its_kind_or_named(kind, able, unable):
+    for value in able:
+        folder.check("config.json", {"key": value}, {"key": kind, "other": kind})
+    for value in unable:
+        with pytest.raises(InputError) as caught:
+            folder.check("config.json", {"key": value}, {"key": kind})
+        assert str(caught.value) == f"config.json: key={value!r} is out of range; it is {kind.words}"

@@ -91,3 +91,21 @@ def test_a_flag_of_another_family_is_refused(pipeline):
         source.read(pipeline[0] / "vae", sde="vp")
     with pytest.raises(InputError, match=r"--steps says nothing of SOURCE=.*; allowed with it: none$"):
         source.read(pipeline[0], steps=1000)
+
+
+def test_sizes_that_do_not_fit_are_refused_in_one_line(pipeline):
+    place = pipeline[0]
+    for size in (0, -8):
+        with pytest.raises(InputError, match=f"^--image_size={size} is out of range; it is a whole number, at least 1$"):
+            source.read(place / "vae", image_size=size)
+    with pytest.raises(InputError, match=r"images of size \(9, 9\) do not fit an autoencoder of 2 levels: .* divisible by 2$"):
+        source.read(place / "vae", image_size=9)
+    theirs, state = folder.read(place / "vae")
+    assert autoencoder.of_diffusers(theirs | {"sample_size": [8, 16]}, state)[0].data.shape == (8, 16, 3)
+    with pytest.raises(InputError, match=r"^config.json: block_out_channels=3 is out of range"):
+        autoencoder.of_diffusers(theirs | {"block_out_channels": 3}, state)
+    theirs, state = folder.read(place / "transformer")
+    with pytest.raises(InputError, match=r"^config.json: sample_size=7 is not divisible by patch_size=2$"):
+        dit.of_diffusers(theirs | {"sample_size": 7}, state, {})
+    with pytest.raises(InputError, match=r"^config.json: num_layers='x' is out of range; it is a whole number, at least 1$"):
+        dit.of_diffusers(theirs | {"num_layers": "x"}, state, {})

@@ -267,6 +267,10 @@ def test_a_model_trained_here_that_hears_a_table_goes_out_and_comes_back(tmp_pat
         ({"attention_head_dim": 3}, "attention_head_dim=3 does not divide block_out_channels=(4, 8)"),
         ({"attn_norm_num_groups": 3}, "attn_norm_num_groups=3 does not divide the last of block_out_channels, 8"),
         ({"time_embedding_dim": 3}, "time_embedding_dim=3 is not read; allowed: null, 16"),
+        ({"freq_shift": 2}, "freq_shift=2 is no less than half of block_out_channels[0]=4"),
+        ({"flip_sin_to_cos": "no"}, "flip_sin_to_cos='no' is out of range; it is true or false"),
+        ({"down_block_types": None}, "down_block_types=None is out of range; it is a list of names"),
+        ({"block_out_channels": 4}, "block_out_channels=4 is out of range; it is a list of whole numbers, each at least 1"),
         ({"sample_size": None}, "sample_size=null does not say how large the images are"),
         ({"sample_size": 5}, "data.shape=(5, 5, 3) does not fit 2 levels"),
         ({"out_channels": 6}, "out_channels=6 with in_channels=3 is not read"),
@@ -290,6 +294,11 @@ def test_a_network_that_is_none_here_is_refused_in_one_line(unet, said):
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr=True is not read"),
         ({"clip_sample_range": 2.0}, "clip_sample_range=2.0 is not read; allowed: 1.0"),
         ({"prediction_type": "flow"}, "prediction_type='flow' is not read; allowed: epsilon, v_prediction, sample"),
+        ({"_class_name": ["DDPMScheduler"]}, "is not read; allowed: DDPMScheduler, "),
+        ({"num_train_timesteps": "x"}, "num_train_timesteps='x' is out of range; it is a whole number from 1 to 100,000"),
+        ({"num_train_timesteps": 10**9}, "num_train_timesteps=1000000000 is out of range"),
+        ({"beta_end": None}, "beta_end=None is out of range; it is a finite number above 0"),
+        ({"clip_sample": None}, "clip_sample=None is out of range; it is true or false"),
         ({"beta_start": 0.5}, "linear_beta needs steps >= 1 and 0 < first <= last < 1"),
     ],
 )
@@ -428,7 +437,7 @@ def test_the_command_makes_a_workdir_that_sample_draws_from_and_writes_it_back(t
     state = (folder / folders.WEIGHTS[0]).read_bytes()
     config = unet2d.config_of(TINY | {"num_class_embeds": 3}, {})
     assert f"diffusers' UNet2DModel: {count(config):,} parameters, images of 4x4x3, 3 classes" in printed
-    assert "schedule linear_beta(steps=1000, first=0.0001, last=0.02), target eps, clip True" in printed
+    assert "schedule linear_beta(steps=1000, first=0.0001, last=0.02), target eps, codec pixels, clip True" in printed
     assert f"sha256 {hashlib.sha256(state).hexdigest()}" in printed
     assert f"python sample.py --workdir={out} --label=0" in printed
     code, _, err = command("sample.py", f"--workdir={out}", "--label=0", "--num=2", "--steps=2", f"--out={tmp_path / 'a.npz'}")

@@ -5,6 +5,7 @@ The second writes the model in a workdir as a folder that diffusers' pipelines l
 """
 
 import hashlib
+import shlex
 from pathlib import Path
 
 import jax
@@ -16,7 +17,6 @@ from jaxdiff import run as runs
 from jaxdiff.errors import InputError
 from jaxdiff.interop import openai, source, unet2d, workdir
 from jaxdiff.interop.workdir import Imported
-from jaxdiff.training import checkpoint
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("export", None, ["diffusers"], "Write the model in a WORKDIR as a FOLDER of this library.")
@@ -46,8 +46,7 @@ def main(first: str, second: str) -> None:
         return
     if FLAGS.ema is not None or FLAGS.step is not None:
         raise InputError("--ema and --step choose what is exported; give them with --export=diffusers")
-    if (held := checkpoint.newest(second)) is not None:  # told before anything large is read
-        raise InputError(f"workdir {second} holds a checkpoint already (step {held}); give a new folder")
+    workdir.vacant(second)  # told before anything large is read
     imported = source.read(first, **said)
     workdir.write_imported(second, imported)
     print("\n".join(found(imported)))
@@ -72,10 +71,10 @@ def found(imported: Imported) -> list[str]:
 def use(config: ConfigDict, place: str) -> str:
     """What can be done with an imported workdir."""
     if config.model.name == "Classifier":
-        return f"guide by it with: python sample.py --workdir=DIR --classifier={place}"
+        return f"guide by it with: python sample.py --workdir=DIR --classifier={shlex.quote(place)}"
     if config.model.name == "AutoencoderKL":
         return f'in Python: jaxdiff.load_codec({place!r}); a config names it with data.codec="autoencoder({place!r})"'
-    return f"draw from it with: python sample.py --workdir={place}" + (" --label=0" if config.model.classes else "")
+    return f"draw from it with: python sample.py --workdir={shlex.quote(place)}" + (" --label=0" if config.model.classes else "")
 
 
 def digest(path: Path) -> str:

@@ -15,6 +15,7 @@ from jaxdiff.errors import InputError
 from jaxdiff.interop import files, folder, mapping, workdir
 from jaxdiff.interop.mapping import Row
 from jaxdiff.interop.workdir import Imported
+from jaxdiff.names import whole
 
 Rules = Sequence[tuple[str, str | Callable[[re.Match], str]]]
 
@@ -34,6 +35,20 @@ FIXED = {
     "use_quant_conv": True,
     "use_post_quant_conv": True,
 }
+# Which values the others may have.
+KINDS: dict[str, folder.Kind] = {
+    "sample_size": folder.SIZE,
+    "in_channels": folder.COUNT,
+    "out_channels": folder.COUNT,
+    "block_out_channels": folder.COUNTS,
+    "down_block_types": folder.WORDS,
+    "up_block_types": folder.WORDS,
+    "layers_per_block": folder.COUNT,
+    "latent_channels": folder.COUNT,
+    "norm_num_groups": folder.COUNT,
+    "scaling_factor": folder.POSITIVE,
+    "mid_block_add_attention": folder.FLAG,
+}
 BLOCKS = {"down": "DownEncoderBlock2D", "up": "UpDecoderBlock2D"}
 # diffusers' names of attention in files written before 2023.
 OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -47,6 +62,8 @@ def read(source: str | Path, image_size: int | None = None) -> Imported:
     `image_size` is that of the images, which a CompVis file does not say (256 where None). Raises InputError for what is neither.
     """
     source = Path(source)
+    if image_size is not None and not whole(image_size, 1):
+        raise InputError(f"--image_size={image_size!r} is out of range; it is a whole number, at least 1")
     if source.is_dir():
         return Imported("diffusers' AutoencoderKL", *of_diffusers(*folder.read(source), image_size), (folder.weights(source),))
     notes = (f"the factor on latents is taken to be Stable Diffusion's, {SCALE}, which the file does not say",)
@@ -145,11 +162,17 @@ def _rows(shapes: Any, rules: Rules, attention: mapping.Layout) -> list[Row]:
     return made
 
 
-def _config(size: int, image: int, **model: Any) -> ConfigDict:
+def _config(size: tuple[int, ...], image: int, **model: Any) -> ConfigDict:
+    least = 2 ** (len(model["multipliers"]) - 1)
+    if any(n % least for n in size):
+        raise InputError(
+            f"images of size {size} do not fit an autoencoder of {len(model['multipliers'])} levels: give --image_size, "
+            f"a number divisible by {least}"
+        )
     return ConfigDict(
         dict(
             seed=0,
-            data=dict(name="", split="", shape=(size, size, image), codec="pixels"),
+            data=dict(name="", split="", shape=(*size, image), codec="pixels"),
             model=dict(name="AutoencoderKL", out_channels=image, dtype="float32", **model),
             training=dict(ema=(workdir.EMA,)),
             sampling=dict(ema=workdir.EMA),
@@ -166,6 +189,7 @@ def _config_of_diffusers(theirs: Mapping[str, Any], size: int | None) -> ConfigD
     if kind != "AutoencoderKL":
         raise InputError(f"config.json is of a {kind}, no AutoencoderKL")
     folder.only(theirs, "an AutoencoderKL", FIXED)
+    folder.check("config.json", theirs, KINDS)
     channels = list(theirs.get("block_out_channels", (64,)))
     for way, block in BLOCKS.items():
         given = list(theirs.get(f"{way}_block_types", [block]))
@@ -178,7 +202,7 @@ def _config_of_diffusers(theirs: Mapping[str, Any], size: int | None) -> ConfigD
         raise InputError(f"an AutoencoderKL with block_out_channels={channels} is not read; allowed: multiples of the first")
     sample = theirs.get("sample_size", 32)
     return _config(
-        size or (sample if isinstance(sample, int) else sample[0]),
+        (size, size) if size else (sample, sample) if isinstance(sample, int) else tuple(sample),
         image,
         channels=channels[0],
         multipliers=tuple(c // channels[0] for c in channels),
@@ -202,7 +226,7 @@ def _config_of_compvis(state: Mapping[str, np.ndarray], size: int, scale: float)
     widths = [state.get(f"encoder.down.{level}.block.0.conv1.weight", np.zeros(0)).shape[0] for level in range(levels)]
     channels, image = state["encoder.conv_in.weight"].shape[:2]
     return _config(
-        size,
+        (size, size),
         image,
         channels=channels,
         multipliers=tuple(max(width // channels, 1) for width in widths),

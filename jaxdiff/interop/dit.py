@@ -30,6 +30,18 @@ FIXED = {
     "norm_type": "ada_norm_zero",
     "norm_elementwise_affine": False,
 }
+# Which values the others may have.
+KINDS: dict[str, folder.Kind] = {
+    "sample_size": folder.COUNT,
+    "in_channels": folder.COUNT,
+    "out_channels": folder.or_null(folder.COUNT),
+    "patch_size": folder.COUNT,
+    "num_attention_heads": folder.COUNT,
+    "attention_head_dim": folder.COUNT,
+    "num_layers": folder.COUNT,
+    "num_embeds_ada_norm": folder.COUNT,
+    "norm_eps": folder.POSITIVE,
+}
 # What every block of diffusers' holds its own copy of.
 EMBEDDER = "norm1.emb."
 
@@ -71,15 +83,19 @@ def of_diffusers(
     if kind not in ("DiTTransformer2DModel", "Transformer2DModel"):
         raise InputError(f"config.json is of a {kind}, no DiTTransformer2DModel")
     folder.only(theirs, "a DiTTransformer2DModel", FIXED)
+    folder.check("config.json", theirs, KINDS)
+    size, patch = theirs.get("sample_size", 32), theirs.get("patch_size", 2)
+    if size % patch:
+        raise InputError(f"config.json: sample_size={size!r} is not divisible by patch_size={patch!r}")
     channels = theirs.get("in_channels", 4)
     heads = theirs.get("num_attention_heads", 16)
     config = _config(
-        size=theirs.get("sample_size", 32) * factor,
+        size=size * factor,
         channels=channels,
         out_channels=theirs.get("out_channels") or channels,
         table=scheduler.read(table),
         shift=1,
-        patch=theirs.get("patch_size", 2),
+        patch=patch,
         width=heads * theirs.get("attention_head_dim", 72),
         depth=theirs.get("num_layers", 28),
         heads=heads,

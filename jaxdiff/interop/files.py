@@ -90,10 +90,10 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 
 def _read_parts(path: Path) -> dict[str, np.ndarray]:
     try:
-        where = json.loads(path.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is no index of safetensors in parts: it has no weight_map") from error
-    parts = {name: read(path.parent / Path(name).name) for name in sorted(set(where.values()))}
+        where = {str(name): Path(part).name for name, part in json.loads(path.read_text())["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is no index of safetensors in parts: it has no weight_map of names to files") from error
+    parts = {name: read(path.parent / name) for name in sorted(set(where.values()))}
     if lost := [name for name, part in where.items() if name not in parts[part]]:
         raise InputError(f"{path} names {lost[0]}, which {where[lost[0]]} does not hold")
     return {name: parts[part][name] for name, part in where.items()}

@@ -1,17 +1,55 @@
 """A model's folder as diffusers writes it: config.json beside the weights."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxdiff.errors import InputError
 from jaxdiff.interop import files
+from jaxdiff.names import whole
 
 # In the order in which they are looked for; the first is what is written.
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.bin")
+
+
+class Kind(NamedTuple):
+    """Which values a key of a foreign config may have, in words and as a test."""
+
+    words: str
+    fits: Callable[[Any], bool]
+
+
+COUNT = Kind("a whole number, at least 1", lambda v: whole(v, 1))
+OFFSET = Kind("a whole number, at least 0", lambda v: whole(v, 0))
+NUMBER = Kind("a finite number, at least 0", lambda v: _finite(v) and v >= 0)
+POSITIVE = Kind("a finite number above 0", lambda v: _finite(v) and v > 0)
+FLAG = Kind("true or false", lambda v: isinstance(v, bool))
+COUNTS = Kind("a list of whole numbers, each at least 1", lambda v: _listed(v) and all(whole(n, 1) for n in v))
+WORDS = Kind("a list of names", lambda v: _listed(v) and all(isinstance(n, str) for n in v))
+SIZE = Kind("a whole number, at least 1, or a list of two", lambda v: whole(v, 1) or (COUNTS.fits(v) and len(v) == 2))
+
+
+def or_null(kind: Kind) -> Kind:
+    return Kind(f"{kind.words}, or null", lambda v: v is None or kind.fits(v))
+
+
+def check(file: str, config: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:
+    """Raises InputError for a key of a foreign config whose value is not of its kind; a key may be missing."""
+    for key, kind in kinds.items():
+        if key in config and not kind.fits(config[key]):
+            raise InputError(f"{file}: {key}={config[key]!r} is out of range; it is {kind.words}")
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _listed(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) > 0
 
 
 def read(folder: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -37,8 +37,8 @@ pointwise1d = Layout(lambda a: a.reshape(a.shape[:2]).T, lambda a: a.T[:, :, Non
 def load(shapes: Any, rows: Sequence[Row], state: Mapping[str, np.ndarray], ignored: Sequence[str] = ()) -> Any:
     """Our parameters, float32 and of these `shapes` (as of jax.eval_shape), out of their tensors `state`.
 
-    Raises InputError that names a tensor which is missing, is none of a row's, or has another shape than its row; names that begin
-    with one of `ignored` are passed over.
+    Raises InputError that names a tensor which is missing, is none of a row's, has another shape than its row, or has numbers that
+    are not finite; names that begin with one of `ignored` are passed over.
     """
     table = {row.ours: row for row in rows}
     used = {row.theirs for row in rows}
@@ -55,7 +55,11 @@ def load(shapes: Any, rows: Sequence[Row], state: Mapping[str, np.ndarray], igno
         expected = row.layout.save(np.empty(want.shape, np.uint8)).shape
         if theirs.shape != expected:
             raise InputError(f"tensor {row.theirs} has shape {theirs.shape}, this architecture's has {expected}")
-        return np.ascontiguousarray(row.layout.load(theirs), dtype=np.float32)
+        with np.errstate(over="ignore"):  # told below
+            ours = np.asarray(row.layout.load(theirs), np.float32)  # no copy where it is one already
+        if not np.isfinite(ours).all():
+            raise InputError(f"tensor {row.theirs} has numbers that are not finite in float32: the file is damaged")
+        return ours
 
     return jax.tree_util.tree_map_with_path(fill, shapes)
 

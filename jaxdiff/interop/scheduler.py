@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from jaxdiff import codec as codecs
 from jaxdiff import experiment, names, schedules, targets, times
 from jaxdiff.errors import InputError
+from jaxdiff.interop import folder
 
 # What the file may say that matters here, and what their schedulers take where it says nothing.
 DEFAULTS: dict[str, Any] = {
@@ -48,15 +49,23 @@ READ: dict[str, tuple[Any, ...]] = {
     "clip_sample_range": (1.0,),
     "rescale_betas_zero_snr": (False,),
 }
+# Which values the others may have. A table is held whole.
+KINDS = {
+    "num_train_timesteps": folder.Kind("a whole number from 1 to 100,000", lambda v: names.whole(v, 1) and v <= 100_000),
+    "beta_start": folder.POSITIVE,
+    "beta_end": folder.POSITIVE,
+    "clip_sample": folder.FLAG,
+}
 
 
 def read(theirs: Mapping[str, Any]) -> dict[str, Any]:
     """The whole of a scheduler_config.json, as far as it matters here. Raises InputError that names what is not read."""
-    name = theirs.get("_class_name", "DDPMScheduler")
+    name = str(theirs.get("_class_name", "DDPMScheduler"))
     if name not in CLIPS:
         raise InputError(f"scheduler_config.json: _class_name={name!r} is not read; allowed: {', '.join(CLIPS)}")
     said = DEFAULTS | {"clip_sample": CLIPS[name]} | dict(theirs)
     only("scheduler_config.json", said, READ)
+    folder.check("scheduler_config.json", said, KINDS)
     return said
 
 

@@ -40,7 +40,7 @@ def read(source: str | Path, **flags: Any) -> Imported:
     a flag that its family does not take.
     """
     path = Path(source)
-    if not path.exists():
+    if not (path.is_dir() or path.is_file()):
         raise InputError(f"SOURCE={path} is not there; allowed: {ALLOWED}")
     family = _of_folder(path) if path.is_dir() else _of_file(path)
     given = {name: value for name, value in flags.items() if value is not None}

@@ -1,10 +1,12 @@
 """Tensors out of files that torch.save wrote, without torch, and without running anything that a pickle asks for.
 
-A pickle is a program. This reader knows the few names that plain tensors in dicts and lists need, makes them itself, and refuses
-any other. Both formats are read: the zip archive (torch 1.6 and newer) and the older stream of pickles.
+A pickle is a program. This reader knows the few names that plain tensors in dicts and lists need and makes them itself, passes over
+a few that published files have besides, and refuses any other. Both formats are read: the zip archive (torch 1.6 and newer) and the
+older stream of pickles.
 """
 
 import collections
+import functools
 import io
 import pickle
 import zipfile
@@ -30,6 +32,27 @@ DTYPES = {
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
+
+
+# What the trainers of published files leave beside the tensors: numbers of NumPy, options and callbacks.
+UNREAD = {
+    ("_codecs", "encode"),
+    ("argparse", "Namespace"),
+    ("numpy", "dtype"),
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy._core.multiarray", "scalar"),
+    ("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint"),
+}
+
+
+class Unread:
+    """Stands for what is no tensor: made of anything, it holds and does nothing."""
+
+    def __init__(self, *unused: Any):
+        pass
+
+    def __setstate__(self, unused: Any) -> None:
+        pass
 
 
 class Storage(NamedTuple):
@@ -89,7 +112,7 @@ def _read_stream(file: BinaryIO) -> Any:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows tensors and ordered dicts; what else a pickle may name is refused before it is called."""
+    """Knows tensors and ordered dicts, passes over UNREAD; what else a pickle may name is refused before it is called."""
 
     def __init__(self, file: BinaryIO):
         super().__init__(file, encoding="utf-8")
@@ -104,6 +127,8 @@ class _Unpickler(pickle.Unpickler):
             return tuple
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
+        if (module, name) in UNREAD:
+            return Unread
         raise InputError(f"its pickle asks for {module}.{name}, which is refused: only tensors, dicts and lists are read")
 
     def persistent_load(self, pid: Any) -> Storage:
@@ -123,18 +148,16 @@ def _parameter(tensor: Tensor, *unused: Any) -> Tensor:
 
 def _filled(tree: Any, storage: Callable[[Storage], np.ndarray]) -> Any:
     """The tree with arrays for its tensors; each storage is read once."""
-    read: dict[str, np.ndarray] = {}
+    return _fill(tree, functools.cache(storage))
 
-    def fill(node: Any) -> Any:
-        if isinstance(node, Tensor):
-            if node.storage.key not in read:
-                read[node.storage.key] = storage(node.storage)
-            return _view(read[node.storage.key], node)
-        if isinstance(node, dict):
-            return {key: fill(value) for key, value in node.items()}
-        return [fill(value) for value in node] if isinstance(node, list | tuple) else node
 
-    return fill(tree)
+def _fill(node: Any, storage: Callable[[Storage], np.ndarray]) -> Any:
+    # No closure that calls itself: such a cycle would keep all tensors in memory after their last use.
+    if isinstance(node, Tensor):
+        return _view(storage(node.storage), node)
+    if isinstance(node, dict):
+        return {key: _fill(value, storage) for key, value in node.items()}
+    return [_fill(value, storage) for value in node] if isinstance(node, list | tuple) else node
 
 
 def _view(numbers: np.ndarray, tensor: Tensor) -> np.ndarray:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxdiff import experiment, models, names
+from jaxdiff import experiment, models
 from jaxdiff.errors import InputError
 from jaxdiff.interop import folder, mapping, scheduler, workdir
 from jaxdiff.interop.mapping import Layout, Row, conv, dense, module, norm
@@ -65,6 +65,25 @@ READ: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu", "swish"),
     "resnet_time_scale_shift": ("default", "scale_shift"),
     "class_embed_type": (None,),
+}
+# Which values the others may have.
+KINDS: dict[str, folder.Kind] = {
+    "sample_size": folder.or_null(folder.SIZE),
+    "in_channels": folder.COUNT,
+    "out_channels": folder.COUNT,
+    "freq_shift": folder.OFFSET,
+    "flip_sin_to_cos": folder.FLAG,
+    "down_block_types": folder.WORDS,
+    "up_block_types": folder.WORDS,
+    "block_out_channels": folder.COUNTS,
+    "layers_per_block": folder.COUNT,
+    "dropout": folder.NUMBER,
+    "attention_head_dim": folder.or_null(folder.COUNT),
+    "norm_num_groups": folder.COUNT,
+    "attn_norm_num_groups": folder.or_null(folder.COUNT),
+    "norm_eps": folder.POSITIVE,
+    "add_attention": folder.FLAG,
+    "num_class_embeds": folder.or_null(folder.COUNT),
 }
 # A block's type -> whether it has attention, and how it changes the size; None is what downsample_type or upsample_type says.
 DOWN = {"DownBlock2D": (False, "conv"), "ResnetDownsampleBlock2D": (False, "resnet"), "AttnDownBlock2D": (True, None)}
@@ -139,7 +158,7 @@ def model_of(said: Mapping[str, Any]) -> dict[str, Any]:
 def _middle(said: Mapping[str, Any], numbers: dict[str, Any]) -> str:
     """The middle's attention: theirs has no norm where the blocks scale and shift, unless attn_norm_num_groups gives it one."""
     groups, last = said["attn_norm_num_groups"], said["block_out_channels"][-1]
-    if groups is not None and (not names.whole(groups, 1) or last % groups):
+    if groups is not None and last % groups:
         raise InputError(f"config.json: attn_norm_num_groups={groups!r} does not divide the last of block_out_channels, {last}")
     if not said["add_attention"]:
         return "NoAttention"
@@ -157,11 +176,16 @@ def _said(theirs: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(f"config.json: {unknown[0]}={given[unknown[0]]!r} is no setting of a UNet2DModel that is read")
     said = DEFAULTS | given
     scheduler.only("config.json", said, READ)
+    folder.check("config.json", said, KINDS)
     channels, groups = said["block_out_channels"], said["norm_num_groups"]
-    if not (channels and all(names.whole(n, 1) and n % channels[0] == 0 for n in channels)):
+    if any(n % channels[0] for n in channels):
         raise InputError(f"config.json: block_out_channels={channels!r} are not whole multiples of the first, which are read alone")
-    if not names.whole(groups, 1) or channels[0] % groups:
+    if channels[0] % groups:
         raise InputError(f"config.json: norm_num_groups={groups!r} does not divide block_out_channels={channels!r}")
+    if 2 * said["freq_shift"] >= channels[0]:
+        raise InputError(
+            f"config.json: freq_shift={said['freq_shift']!r} is no less than half of block_out_channels[0]={channels[0]}"
+        )
     if said["time_embedding_dim"] not in (None, 4 * channels[0]):
         raise InputError(
             f"config.json: time_embedding_dim={said['time_embedding_dim']!r} is not read; allowed: null, {4 * channels[0]}"

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxdiff.errors import InputError
@@ -68,7 +66,8 @@ def _square(shape: tuple[int, ...]) -> int:
 
 
 def write_imported(workdir: str | Path, imported: Imported) -> None:
-    """`write` of a model as read, its first stage before it. Raises InputError where there are checkpoints already."""
+    """`write` of a model as read, its first stage before it. Raises InputError as `vacant` does."""
+    vacant(workdir)
     if imported.first_stage is not None:
         write(Path(workdir) / FIRST_STAGE, *imported.first_stage)
     write(workdir, imported.config, imported.params)
@@ -77,9 +76,20 @@ def write_imported(workdir: str | Path, imported: Imported) -> None:
 def write(workdir: str | Path, config: ConfigDict, params: Any) -> None:
     """Writes a workdir that `jaxdiff.load` takes: a checkpoint of step 0 whose one average is `params`.
 
-    Raises InputError where there are checkpoints already: nothing trained is ever written over.
+    Raises InputError as `vacant` does, and where the folder cannot be made.
     """
+    vacant(workdir)
+    try:
+        checkpoint.place(workdir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"workdir {workdir} cannot be written: {error.strerror or error}") from error
+    with checkpoint.imported(workdir) as checkpoints:
+        checkpoint.save_snapshot(checkpoints, 0, {str(EMA): params}, config)
+
+
+def vacant(workdir: str | Path) -> None:
+    """Raises InputError where there are checkpoints already, for nothing trained is ever written over, or is a file."""
     if (held := checkpoint.newest(workdir)) is not None:
         raise InputError(f"workdir {workdir} holds a checkpoint already (step {held}); give a new folder")
-    with checkpoint.imported(workdir) as checkpoints:
-        checkpoint.save_snapshot(checkpoints, 0, {str(EMA): jax.tree.map(jnp.asarray, params)}, config)
+    if checkpoint.place(workdir).exists() and not checkpoint.place(workdir).is_dir():
+        raise InputError(f"workdir {workdir} is a file; give a new folder")
