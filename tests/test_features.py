@@ -229,12 +229,14 @@ def test_tensors_that_are_missing_too_many_or_misshapen_are_named(tmp_path, dino
     of = iter(
         [
             empty | unused,
+            empty,
             {key: a for key, a in empty.items() if key != "Mixed_6a.branch3x3.bn.running_mean"},
             empty | {"fc.weight": np.zeros((1000, 2048)), "fc.bias": np.zeros(1000)},
         ]
     )
     monkeypatch.setattr(features.files, "read", lambda path: next(of))
-    assert features.inception(path).name == "inception"
+    made, other = features.inception(path), features.inception(path, features.resize_tensorflow)
+    assert (made.name, other.name) == ("inception", "inception, resize_tensorflow") and made.digest != other.digest
     refused(lambda: features.inception(path), "Mixed_6a.branch3x3.bn.running_mean", "missing", "weights.npz")
     refused(lambda: features.inception(path), "fc.", "1000", "1008")  # of today's libraries
 

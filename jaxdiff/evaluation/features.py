@@ -118,7 +118,9 @@ def inception(path: str | Path | None, resize: Resize = resize_pytorch) -> Featu
     state = {name: a for name, a in _read(path, INCEPTION).items() if not name.endswith(".num_batches_tracked")}
     model = Inception()
     params = _load(path, model, SIDE, state, ("AuxLogits.",))
-    return _features("inception", model, resize, params)
+    made = _features("inception", model, resize, params)
+    # Figures by the two resizes are not to be compared, and a digest does not say why.
+    return made if resize is resize_pytorch else made._replace(name=f"inception, {getattr(resize, '__name__', repr(resize))}")
 
 
 def dinov2(path: str | Path | None, resize: Resize = resize_pillow) -> Features:

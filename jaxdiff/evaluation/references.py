@@ -239,7 +239,8 @@ def check(stats: Described | None, images: np.ndarray | None, features: Any, wid
         return
     if stats.moments and stats.digest and stats.digest != features.digest:
         theirs, ours = f"{stats.network} ({stats.digest[:12]})", f"{features.name} ({features.digest[:12]})"
-        raise InputError(f"{stats.name} is of the feature network {theirs}, and these samples are seen by {ours}")
+        differ = "its weights, or how it is shown images, differ"
+        raise InputError(f"{stats.name} is of the feature network {theirs}, and these samples are seen by {ours}: {differ}")
     for key, moments in stats.moments.items():
         if key in takes and len(moments.mean) != widths.get(key):
             of = f"{features.name} has {widths.get(key)}: it is of another network"
