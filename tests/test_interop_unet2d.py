@@ -328,7 +328,7 @@ def test_attention_by_its_older_names_and_as_convolutions(tmp_path):
     state = state_of(unet2d.config_of(TINY, {}))
     old = {}
     for name, a in state.items():
-        for was, now in unet2d.OLD.items():
+        for was, now in folders.OLD.items():
             name = name.replace(f".{now}.", f".{was}.")
         old[name] = a[:, :, None, None] if name.endswith("proj_attn.weight") else a
     assert "mid_block.attentions.0.proj_attn.bias" in old and "mid_block.attentions.0.query.weight" in old

@@ -28,12 +28,12 @@ IGNORED = ("loss.", "model_ema.")
 
 # diffusers' options that our network has one value of.
 FIXED = {
-    "act_fn": "silu",
-    "shift_factor": None,
-    "latents_mean": None,
-    "latents_std": None,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
+    "act_fn": ("silu",),
+    "shift_factor": (None,),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+    "use_quant_conv": (True,),
+    "use_post_quant_conv": (True,),
 }
 # Which values the others may have.
 KINDS: dict[str, folder.Kind] = {
@@ -50,8 +50,6 @@ KINDS: dict[str, folder.Kind] = {
     "mid_block_add_attention": folder.FLAG,
 }
 BLOCKS = {"down": "DownEncoderBlock2D", "up": "UpDecoderBlock2D"}
-# diffusers' names of attention in files written before 2023.
-OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
 COMPVIS_ATTENTION = {name: name for name in ("norm", "q", "k", "v")} | {"out": "proj_out"}
 
@@ -73,9 +71,8 @@ def read(source: str | Path, image_size: int | None = None) -> Imported:
 def of_diffusers(theirs: Mapping[str, Any], state: Mapping[str, np.ndarray], size: int | None = None) -> tuple[ConfigDict, Any]:
     """(config, params) of diffusers' config.json and tensors. Raises InputError for an architecture that ours is not."""
     config = _config_of_diffusers(theirs, size)
-    state = {re.sub(r"(\.attentions\.\d+)\.(query|key|value|proj_attn)\.", _new, name): a for name, a in state.items()}
     shapes = _shapes(config)
-    return config, mapping.load(shapes, rows(shapes), state)
+    return config, mapping.load(shapes, rows(shapes), folder.renamed(state))
 
 
 def to_diffusers(config: ConfigDict, params: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -188,7 +185,7 @@ def _config_of_diffusers(theirs: Mapping[str, Any], size: int | None) -> ConfigD
     kind = theirs.get("_class_name", "AutoencoderKL")
     if kind != "AutoencoderKL":
         raise InputError(f"config.json is of a {kind}, no AutoencoderKL")
-    folder.only(theirs, "an AutoencoderKL", FIXED)
+    folder.only("config.json", theirs, FIXED)
     folder.check("config.json", theirs, KINDS)
     channels = list(theirs.get("block_out_channels", (64,)))
     for way, block in BLOCKS.items():
@@ -247,10 +244,6 @@ def _groups(model: Any) -> int:
     if len(each) > 1:
         raise InputError(f"norms of {sorted(each)} groups have no place in diffusers' AutoencoderKL; set model.groups")
     return each.pop()
-
-
-def _new(match: re.Match) -> str:
-    return f"{match[1]}.{OLD[match[2]]}."
 
 
 def _shapes(config: ConfigDict) -> Any:

@@ -24,11 +24,11 @@ FACTOR = 8
 
 # diffusers' options that our network has one value of.
 FIXED = {
-    "activation_fn": "gelu-approximate",
-    "attention_bias": True,
-    "dropout": 0.0,
-    "norm_type": "ada_norm_zero",
-    "norm_elementwise_affine": False,
+    "activation_fn": ("gelu-approximate",),
+    "attention_bias": (True,),
+    "dropout": (0.0,),
+    "norm_type": ("ada_norm_zero",),
+    "norm_elementwise_affine": (False,),
 }
 # Which values the others may have.
 KINDS: dict[str, folder.Kind] = {
@@ -82,7 +82,7 @@ def of_diffusers(
     kind = theirs.get("_class_name", "DiTTransformer2DModel")
     if kind not in ("DiTTransformer2DModel", "Transformer2DModel"):
         raise InputError(f"config.json is of a {kind}, no DiTTransformer2DModel")
-    folder.only(theirs, "a DiTTransformer2DModel", FIXED)
+    folder.only("config.json", theirs, FIXED)
     folder.check("config.json", theirs, KINDS)
     size, patch = theirs.get("sample_size", 32), theirs.get("patch_size", 2)
     if size % patch:
@@ -130,7 +130,7 @@ def to_diffusers(config: ConfigDict, params: Any, factor: int = FACTOR) -> tuple
         "patch_size": model.patch,
         "num_embeds_ada_norm": model.classes,
         "norm_eps": model.get("mlp_epsilon", 1e-6),
-        **FIXED,
+        **{key: values[0] for key, values in FIXED.items()},
     }
     apart = unstacked(params)
     state = mapping.save(apart, rows(apart))
@@ -173,9 +173,6 @@ def of_original(state: Mapping[str, np.ndarray], factor: int = FACTOR) -> tuple[
     shapes = unstacked(_shapes(config, channels))
     return config, stacked(mapping.load(shapes, original_rows(shapes), _split_qkv(state), ("pos_embed",)))
 
-
-# Their null label is the last row of the table, ours the first.
-NULL_LAST = mapping.Layout(lambda a: np.roll(a, 1, axis=0), lambda a: np.roll(a, -1, axis=0))
 
 SHARED = {"patches": "pos_embed.proj", "modulation": "proj_out_1", "leave": "proj_out_2"}
 HEARD = {
@@ -228,7 +225,7 @@ def _rows(shapes: Any, shared: Mapping[str, str], blocks: str, block: Mapping[st
         *outer, module, kind = (entry.key for entry in path)
         theirs = f"{blocks}.{outer[1]}.{block[module]}" if outer else shared[module]
         kernel = mapping.conv if len(leaf.shape) == 4 else mapping.dense
-        layout = {"kernel": kernel, "bias": mapping.same, "embedding": NULL_LAST}[kind]
+        layout = {"kernel": kernel, "bias": mapping.same, "embedding": mapping.null_last}[kind]
         made.append(Row("/".join((*outer, module, kind)), f"{theirs}.{'bias' if kind == 'bias' else 'weight'}", layout))
     return made
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,8 +87,19 @@ def write(folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, n
     (folder / "config.json").write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n")
 
 
-def only(config: Mapping[str, Any], what: str, allowed: Mapping[str, Any]) -> None:
-    """Raises InputError for a key of a foreign config whose value is not the one that we know; a missing key is that one."""
-    for key, value in allowed.items():
-        if config.get(key, value) != value:
-            raise InputError(f"{what} with {key}={config[key]!r} is not read; allowed: {value!r}")
+def only(file: str, config: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raises InputError for a key of a foreign config that has none of the values that are read; a key may be missing."""
+    for key, values in allowed.items():
+        if key in config and config[key] not in values:
+            raise InputError(f"{file}: {key}={config[key]!r} is not read; allowed: {', '.join(map(str, values))}")
+
+
+# The linear maps of attention, as they were called until 2023 (and in google's files still are).
+OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def renamed(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors by today's names; attention's maps as such where they are convolutions by 1x1."""
+    pattern = re.compile(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.")
+    today = {pattern.sub(lambda found: f"{found[1]}{OLD[found[2]]}.", name): a for name, a in state.items()}
+    return {k: a.reshape(a.shape[:2]) if ".attentions." in k and a.shape[2:] == (1, 1) else a for k, a in today.items()}

@@ -32,6 +32,9 @@ dense = Layout(lambda a: a.T, lambda a: a.T)
 pointwise = Layout(lambda a: a.reshape(a.shape[:2]).T, lambda a: a.T[:, :, None, None])
 # The same in one axis, [out, in, 1].
 pointwise1d = Layout(lambda a: a.reshape(a.shape[:2]).T, lambda a: a.T[:, :, None])
+# Here row 0 of the labels is the null one. Without one it is never asked for, and zero; a trained one is the last of theirs.
+without_null = Layout(lambda a: np.concatenate([np.zeros_like(a[:1]), a]), lambda a: a[1:])
+null_last = Layout(lambda a: np.roll(a, 1, axis=0), lambda a: np.roll(a, -1, axis=0))
 
 
 def load(shapes: Any, rows: Sequence[Row], state: Mapping[str, np.ndarray], ignored: Sequence[str] = ()) -> Any:

@@ -363,15 +363,13 @@ def by_part(a: np.ndarray, heads: int) -> np.ndarray:
     return a.reshape(3, -1, *a.shape[1:])
 
 
-# Here row 0 is the null label, which these networks do not know: it is zero, and never asked for.
-_labels = Layout(lambda a: np.concatenate([np.zeros_like(a[:1]), a]), lambda a: a[1:])
 _places = Layout(lambda a: a.T[None], lambda a: a[0].T)
 
 
 def rows(found: Plan, shapes: Any) -> list[Row]:
     """Where every parameter is among their tensors, q, k and v apart."""
     out = module("embed1", "time_embed.0", dense) + module("embed2", "time_embed.2", dense)
-    out += [Row("label/embedding", "label_emb.weight", _labels)] + module("conv_in", "input_blocks.0.0", conv)
+    out += [Row("label/embedding", "label_emb.weight", mapping.without_null)] + module("conv_in", "input_blocks.0.0", conv)
     blocks, last = found.blocks, len(found.multipliers) - 1
     for level in range(last + 1):
         for i in range(blocks):

@@ -64,16 +64,9 @@ def read(theirs: Mapping[str, Any]) -> dict[str, Any]:
     if name not in CLIPS:
         raise InputError(f"scheduler_config.json: _class_name={name!r} is not read; allowed: {', '.join(CLIPS)}")
     said = DEFAULTS | {"clip_sample": CLIPS[name]} | dict(theirs)
-    only("scheduler_config.json", said, READ)
+    folder.only("scheduler_config.json", said, READ)
     folder.check("scheduler_config.json", said, KINDS)
     return said
-
-
-def only(file: str, said: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raises InputError for a key of `allowed` that has none of its values."""
-    for key, values in allowed.items():
-        if said[key] not in values:
-            raise InputError(f"{file}: {key}={said[key]!r} is not read; allowed: {', '.join(map(str, values))}")
 
 
 def process(said: Mapping[str, Any], drop_label: float = 0.0) -> dict[str, Any]:

@@ -5,7 +5,6 @@ Names and meanings: diffusers 0.42, models/unets/unet_2d.py; older files only la
 
 import dataclasses
 import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from ml_collections import ConfigDict
 from jaxdiff import experiment, models
 from jaxdiff.errors import InputError
 from jaxdiff.interop import folder, mapping, scheduler, workdir
-from jaxdiff.interop.mapping import Layout, Row, conv, dense, module, norm
+from jaxdiff.interop.mapping import Row, conv, dense, module, norm
 from jaxdiff.interop.scheduler import text
 from jaxdiff.models.parts import group_count
 from jaxdiff.run import Run
@@ -175,7 +174,7 @@ def _said(theirs: Mapping[str, Any]) -> dict[str, Any]:
     if unknown := [key for key in given if key not in DEFAULTS and given[key] is not None]:
         raise InputError(f"config.json: {unknown[0]}={given[unknown[0]]!r} is no setting of a UNet2DModel that is read")
     said = DEFAULTS | given
-    scheduler.only("config.json", said, READ)
+    folder.only("config.json", said, READ)
     folder.check("config.json", said, KINDS)
     channels, groups = said["block_out_channels"], said["norm_num_groups"]
     if any(n % channels[0] for n in channels):
@@ -246,14 +245,16 @@ def _classes(said: Mapping[str, Any], null_class: bool) -> int:
 def params_of(config: ConfigDict, state: Mapping[str, np.ndarray]) -> Any:
     """Our parameters of their tensors. Raises InputError that names a tensor which is missing, of nothing or misshapen."""
     shapes = jax.eval_shape(experiment.build(config).init, jax.random.key(0))
-    return mapping.load(shapes, rows(config, shapes), _renamed(state))
+    return mapping.load(shapes, rows(config, shapes), folder.renamed(state))
 
 
 def rows(config: ConfigDict, params: Any) -> list[Row]:
     """Where every parameter (or its shape) of a U-Net is among their tensors."""
     out = module("conv_in", "conv_in", conv) + module("conv_out", "conv_out", conv) + norm("norm_out", "conv_norm_out")
     out += module("embed1", "time_embedding.linear_1", dense) + module("embed2", "time_embedding.linear_2", dense)
-    out += [Row("label/embedding", "class_embedding.weight", _null_last if config.process.drop_label else _without_null)]
+    out += [
+        Row("label/embedding", "class_embedding.weight", mapping.null_last if config.process.drop_label else mapping.without_null)
+    ]
     last, blocks = len(config.model.multipliers) - 1, config.model.blocks
     for level in range(last + 1):
         for way, theirs, sampler, count in (
@@ -269,11 +270,6 @@ def rows(config: ConfigDict, params: Any) -> list[Row]:
     return mapping.within(out + _attend("middle_attention", "mid_block.attentions.0"), params)
 
 
-# Here row 0 is the null label. Without one it is never asked for, and zero; a trained one is the last of theirs.
-_without_null = Layout(lambda a: np.concatenate([np.zeros_like(a[:1]), a]), lambda a: a[1:])
-_null_last = Layout(lambda a: np.roll(a, 1, axis=0), lambda a: np.roll(a, -1, axis=0))
-
-
 def _block(ours: str, theirs: str) -> list[Row]:
     """A residual block's rows; whether it has a shortcut, its channels decide."""
     out = norm(f"{ours}/norm1", f"{theirs}.norm1") + module(f"{ours}/conv1", f"{theirs}.conv1", conv)
@@ -287,17 +283,6 @@ def _attend(ours: str, theirs: str) -> list[Row]:
     for name, other in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("out", "to_out.0")):
         out += module(f"{ours}/{name}", f"{theirs}.{other}", dense)
     return out
-
-
-# The linear maps of attention, as they were called until 2023 (and in google's files still are).
-OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
-def _renamed(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors by today's names; attention's maps as such where they are convolutions by 1x1."""
-    pattern = re.compile(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.")
-    renamed = {pattern.sub(lambda found: f"{found[1]}{OLD[found[2]]}.", name): a for name, a in state.items()}
-    return {k: a.reshape(a.shape[:2]) if ".attentions." in k and a.shape[2:] == (1, 1) else a for k, a in renamed.items()}
 
 
 def export(run: Run, to: str | Path) -> None:
