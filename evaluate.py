@@ -233,13 +233,22 @@ def networks_of(metrics: list[str]) -> dict:
 def features_of(network: str, weights: str | None):
     """One feature network. Raises InputError where its weights are not given or not there."""
     if network == "inception":
-        return features.inception(weights, getattr(features, f"resize_{FLAGS.resize}"))
+        made = features.inception(weights, getattr(features, f"resize_{FLAGS.resize}"))
+        note(features.doubt(str(weights), features.INCEPTION))
+        return made
     if network == "dinov2":
-        return features.dinov2(weights)
+        made = features.dinov2(weights)
+        note(features.doubt(str(weights), features.DINOV2) if made.name == "dinov2_vitl14" else "")
+        return made
     if not weights:
         raise jd.InputError("the metrics that end in _own are by a classifier of such images; give its workdir, --classifier=DIR")
     # A folder's name says more than "classifier"; the digest says which it is.
     return features.classifier(weights)._replace(name=Path(str(weights)).absolute().name)
+
+
+def note(line: str) -> None:
+    if line:
+        say(f"note: {line}")
 
 
 def load(run, split: str) -> data.Dataset:

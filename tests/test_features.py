@@ -3,6 +3,8 @@
 That Inception and DINOv2 say what the published implementations say is in test_reference_inception.py, which needs those.
 """
 
+import hashlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -277,3 +279,11 @@ def test_a_classifiers_digest_is_of_its_weights_and_of_how_it_sees(tmp_path):
 def test_a_model_that_draws_has_no_features(tmp_path):
     saved(tmp_path, tiny.config())
     refused(lambda: features.classifier(tmp_path), "no classifier")
+
+
+def test_a_file_that_is_not_the_published_one_is_told(tmp_path):
+    (tmp_path / "w.pth").write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    assert features.doubt(tmp_path / "w.pth", features.INCEPTION._replace(digest=digest)) == ""
+    told = features.doubt(tmp_path / "w.pth", features.INCEPTION)
+    assert f"is not pt_inception-2015-12-05-6726825d.pth itself (SHA-256 {digest[:12]}, not 6726825d0af5)" in told
