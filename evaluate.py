@@ -188,6 +188,8 @@ def figures(run, drawn: samples.Samples, metrics: list[str], seen, real: Real) -
         tell(drawn, report.figure, metric, found, None if to is None else against(to))
         if "floor" in metrics and to in report.FLOORED:
             tell(drawn, report.floor, metric, found, see(held_out), as_samples(drawn, real.labels), against(to))
+        elif "floor" in metrics and to is not None:
+            note(f"{metric} has no floor: of its features the moments alone are kept, of all held-out images together")
     if FLAGS.save_reference:
         written = against("pool")
         if meshes.first_process():

@@ -161,7 +161,7 @@ def test_files_cut_short_are_refused_in_one_line(tmp_path, name, share):
         torch_zip(path, {"w": tensor("0", "FloatStorage", 0, (1000,), (1,), 1000)}, {"0": np.zeros(1000, np.float32)})
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match="cut short") as error:
         files.read(path)
     assert name in str(error.value) and "\n" not in str(error.value)
 

@@ -37,6 +37,8 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
         with zipfile.ZipFile(path) as archive:
             pickled = any(name.endswith("/data.pkl") for name in archive.namelist())
         return flat(torchfile.read(path)) if pickled else _read_npz(path)
+    if head.startswith(b"PK"):
+        raise InputError(f"{path} is cut short: it begins as an archive, .npz or torch.save's, and has no end")
     return _read_safetensors(path) if head[8:9] == b"{" else flat(torchfile.read(path))
 
 
