@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from absl.flags import FLAGS
 from PIL import Image
 
 import jaxdiff as jd
@@ -49,12 +50,22 @@ def digits():
 
 @pytest.fixture(scope="module")
 def evaluate():
+    # Scripts define their flags when imported, some by the same names, and another file's test may have imported train here.
+    others = {flag.name: flag for flag in FLAGS.flags_by_module_dict().get("train", [])}
+    for name in others:
+        delattr(FLAGS, name)
     sys.path.insert(0, str(ROOT))
     try:
         import evaluate as module
+
+        yield module
     finally:
         sys.path.remove(str(ROOT))
-    return module
+        sys.modules.pop("evaluate", None)
+        for flag in list(FLAGS.flags_by_module_dict().get("evaluate", [])):
+            delattr(FLAGS, flag.name)
+        for name, flag in others.items():
+            FLAGS[name] = flag
 
 
 @pytest.fixture(scope="module")
