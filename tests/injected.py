@@ -34,5 +34,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     name, *sys.argv[1:] = sys.argv
-    cli._parse = lambda argv: None
+    cli._parse = lambda argv, arguments: []
     cli.run(main)
