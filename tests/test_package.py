@@ -7,7 +7,7 @@ import jaxdiff as jd
 
 PACKAGE = Path(jd.__file__).parent
 ALGORITHMS = ["level", "schedules", "times", "targets", "denoiser", "solvers", "sampling", "guidance", "losses", "codec"]
-ALGORITHMS += ["weights", "score", "likelihood", "objectives", "editing", "classifier", "checks"]
+ALGORITHMS += ["codebook", "weights", "score", "likelihood", "objectives", "editing", "classifier", "checks"]
 
 
 def imported(path):

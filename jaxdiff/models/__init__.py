@@ -4,12 +4,13 @@ import dataclasses
 import functools
 import math
 import sys
-from typing import Any
+from typing import Any, get_args
 
 from jaxdiff.errors import InputError, nearest
-from jaxdiff.models.autoencoder import AutoencoderKL
+from jaxdiff.models.autoencoder import AutoencoderKL, AutoencoderVQ
 from jaxdiff.models.checks import check
 from jaxdiff.models.classifier import Classifier
+from jaxdiff.models.discriminator import PatchDiscriminator
 from jaxdiff.models.dit import DiT
 from jaxdiff.models.parts import (
     ADMBlock,
@@ -56,6 +57,7 @@ __all__ = [
     "Attention",
     "AttentionPool",
     "AutoencoderKL",
+    "AutoencoderVQ",
     "BareAttention",
     "Classifier",
     "CosineBetaSinusoidal",
@@ -73,6 +75,7 @@ __all__ = [
     "LinearBetaSinusoidal",
     "NoAttention",
     "OneHotEmbed",
+    "PatchDiscriminator",
     "ResBlock",
     "ResBlockDown",
     "ResBlockUp",
@@ -111,8 +114,10 @@ PARTS: dict[str, tuple[type, ...]] = {
 # The fields of a part that the network fills in; a config may give the others.
 _GIVEN = {"parent", "name", "features", "channels", "dropout", "dtype", "heads", "classes", "augment", "time", "out_channels"}
 
-Network = UNet | Classifier | DiT | AutoencoderKL
-NETWORKS = ("UNet", "Classifier", "DiT", "AutoencoderKL")
+Network = UNet | Classifier | DiT | AutoencoderKL | AutoencoderVQ
+NETWORKS = ("UNet", "Classifier", "DiT", "AutoencoderKL", "AutoencoderVQ")
+# Those of them that make latents, and diffuse nothing.
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderVQ")
 
 
 def _fields(network: type) -> tuple[str, ...]:
@@ -120,7 +125,7 @@ def _fields(network: type) -> tuple[str, ...]:
 
 
 # What a config's `model` group may hold, some of it for one network only.
-FIELDS = ("name", *dict.fromkeys(field for kind in (UNet, Classifier, DiT, AutoencoderKL) for field in _fields(kind)))
+FIELDS = ("name", *dict.fromkeys(field for kind in get_args(Network) for field in _fields(kind)))
 
 
 def network(name: str) -> type[Network]:

@@ -1,4 +1,4 @@
-"""The KL autoencoder of latent diffusion: an image as a Gaussian of few channels at a fraction of the size, and back.
+"""The autoencoders of latent diffusion: an image as few channels at a fraction of the size, Gaussian or of a codebook, and back.
 
 Both ways are the U-Net's (`unet.Trunk`, `parts`) without a noise level, and the way up without skips.
 """
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdiff.codebook import quantise
 from jaxdiff.models.parts import Attention, Leave, ResBlock, Up
 from jaxdiff.models.unet import Part, Trunk
 
@@ -62,14 +63,12 @@ class Decoder(Encoder):
         return self.inline(self.leave(self.out_channels, self.dtype))(h, z)
 
 
-class AutoencoderKL(nn.Module):
-    """Latent diffusion's first stage: `encode(x) -> (mean, logvar)` of the posterior, `decode(z) -> x`, images at [-1, 1].
+class Autoencoder(nn.Module):
+    """What the two autoencoders share: their fields but those of the codebook, and both ways.
 
-    x [B, *space, C] and z [B, *(space / 2^(levels - 1)), latent_channels], float32. `attention` names levels besides the middle,
-    whose part is `middle_attend` where that is another one; `groups` above 0 are those of every norm, `out_channels` is the image's
-    C. `scale` is what a codec multiplies a latent by, for a deviation of about 1; here z is unscaled. Raises ValueError where a
-    size does not divide. Source: Rombach et al. 2022, appendix G; the default is Stable Diffusion's (83,653,863 parameters), whose
-    scale is 0.18215.
+    `attention` names levels besides the middle, whose part is `middle_attend` where that is another one; `groups` above 0 are those
+    of every norm, `out_channels` is the image's C. `scale` is what a codec multiplies a latent by, for a deviation of about 1; None
+    where it is measured instead. The network itself scales nothing.
     """
 
     channels: int = 128
@@ -80,18 +79,33 @@ class AutoencoderKL(nn.Module):
     latent_channels: int = 4
     out_channels: int = 3
     groups: int = 0
-    scale: float = 1.0
+    scale: float | None = None
     dropout: float = 0.0
     dtype: Dtype = jnp.float32
     remat: bool = False
 
-    def setup(self):
+    def ways(self, encoded: int) -> tuple[Encoder, Decoder]:
+        """Encoder and decoder; `encoded` is how many channels the encoder gives."""
         same = ("channels", "multipliers", "blocks", "attention", "middle_attend", "dropout", "dtype", "remat")
         fields: dict[str, Any] = {name: getattr(self, name) for name in same}
         for role, part in {"block": SilentBlock, "attend": Attention, "leave": Leave}.items():
             fields[role] = functools.partial(part, groups=self.groups)
-        self.encoder = Encoder(out_channels=2 * self.latent_channels, **fields)
-        self.decoder = Decoder(out_channels=self.out_channels, **fields)
+        return Encoder(out_channels=encoded, **fields), Decoder(out_channels=self.out_channels, **fields)
+
+    def decode(self, z: Array, train: bool = False) -> Array:
+        return self.decoder(self.post_quant_conv(z), train)
+
+
+class AutoencoderKL(Autoencoder):
+    """Latent diffusion's first stage: `encode(x) -> (mean, logvar)` of the posterior, `decode(z) -> x`, images at [-1, 1].
+
+    x [B, *space, C] and z [B, *(space / 2^(levels - 1)), latent_channels], float32; the fields are `Autoencoder`'s. Raises
+    ValueError where a size does not divide. Source: Rombach et al. 2022, appendix G; the default is Stable Diffusion's (83,653,863
+    parameters), whose scale is 0.18215.
+    """
+
+    def setup(self):
+        self.encoder, self.decoder = self.ways(2 * self.latent_channels)
         self.quant_conv = nn.Dense(2 * self.latent_channels)
         self.post_quant_conv = nn.Dense(self.latent_channels)
 
@@ -99,9 +113,38 @@ class AutoencoderKL(nn.Module):
         mean, logvar = jnp.split(self.quant_conv(self.encoder(x, train)), 2, axis=-1)
         return mean, jnp.clip(logvar, *LOGVAR)
 
-    def decode(self, z: Array, train: bool = False) -> Array:
-        return self.decoder(self.post_quant_conv(z), train)
-
     def __call__(self, x: Array, train: bool = False) -> Array:
         """The posterior's mean, decoded; what makes all parameters."""
         return self.decode(self.encode(x, train)[0], train)
+
+
+class AutoencoderVQ(Autoencoder):
+    """The first stage with a codebook: `encode(x) -> z` before it is quantised, `decode(z) -> x` of z as given, images at [-1, 1].
+
+    x [B, *space, C] and z [B, *(space / 2^(levels - 1)), code_channels], float32; `jaxdiff.codebook` quantises, by the parameter
+    `codebook` [codes, code_channels], uniform within 1 / codes of 0 at first. `latent_channels` is what enters the decoder; the
+    other fields are `Autoencoder`'s. Raises ValueError where a size does not divide. Source: Esser et al. 2021 (VQGAN), section
+    3.1; the default is latent diffusion's VQ-f4 (Rombach et al. 2022, table 8).
+    """
+
+    multipliers: Sequence[int] = (1, 2, 4)
+    latent_channels: int = 3
+    codes: int = 8192
+    code_channels: int = 3
+
+    def setup(self):
+        self.encoder, self.decoder = self.ways(self.latent_channels)
+        self.quant_conv = nn.Dense(self.code_channels)
+        self.post_quant_conv = nn.Dense(self.latent_channels)
+        self.codebook = self.param("codebook", _around_zero, (self.codes, self.code_channels), jnp.float32)
+
+    def encode(self, x: Array, train: bool = False) -> Array:
+        return self.quant_conv(self.encoder(x, train))
+
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        """The nearest codes, decoded; what makes all parameters."""
+        return self.decode(quantise(self.codebook, self.encode(x, train))[0], train)
+
+
+def _around_zero(key: Array, shape: tuple[int, ...], dtype: Dtype) -> Array:
+    return jax.random.uniform(key, shape, dtype, -1 / shape[0], 1 / shape[0])

@@ -4,18 +4,20 @@ import math
 from typing import Any
 
 from jaxdiff.errors import InputError
-from jaxdiff.models.autoencoder import AutoencoderKL
+from jaxdiff.models.autoencoder import Autoencoder, AutoencoderKL, AutoencoderVQ
 from jaxdiff.models.classifier import Classifier
 from jaxdiff.models.dit import DiT
 from jaxdiff.models.unet import UNet
 from jaxdiff.names import whole
 
 # The whole numbers among a network's fields, and the least that each may be.
+_AUTOENCODER = {"channels": 1, "blocks": 1, "latent_channels": 1, "out_channels": 1, "groups": 0}
 LEAST: dict[type, dict[str, int]] = {
     UNet: {"channels": 1, "blocks": 1, "heads": 1, "classes": 0, "augment": 0},
     Classifier: {"channels": 1, "blocks": 1, "heads": 1, "classes": 2},
     DiT: {"patch": 1, "width": 4, "depth": 1, "heads": 1, "classes": 0},
-    AutoencoderKL: {"channels": 1, "blocks": 1, "latent_channels": 1, "out_channels": 1, "groups": 0},
+    AutoencoderKL: _AUTOENCODER,
+    AutoencoderVQ: _AUTOENCODER | {"codes": 2, "code_channels": 1},
 }
 
 
@@ -30,7 +32,7 @@ def check(model: Any) -> None:
         _check_transformer(model)
         return
     _check_levels(model)
-    if isinstance(model, AutoencoderKL):
+    if isinstance(model, Autoencoder):
         _check_autoencoder(model)
     else:
         _check_heads(model)
@@ -75,11 +77,12 @@ def _check_transformer(model: DiT) -> None:
     _positive("mlp_epsilon", model.mlp_epsilon)
 
 
-def _check_autoencoder(model: AutoencoderKL) -> None:
+def _check_autoencoder(model: Autoencoder) -> None:
     common = math.gcd(*(model.channels * level for level in model.multipliers))
     if model.groups and common % model.groups:
         raise InputError(f"model.groups={model.groups} does not divide the channels of every level, multiples of {common}")
-    _positive("scale", model.scale)
+    if model.scale is not None:
+        _positive("scale", model.scale)
 
 
 def _positive(key: str, value: Any) -> None:
