@@ -155,8 +155,9 @@ def _check(directory: Path, asked: dict[str, Any]) -> None:
     try:
         held = json.loads((directory / "meta.json").read_text())
         differs = [key for key in asked if held[key] != asked[key]]
-    except FileNotFoundError:
-        if directory.is_dir() and any(directory.iterdir()):
+    except (FileNotFoundError, NotADirectoryError):
+        # A process that begins there may be about to write it.
+        if directory.is_dir() and any(path.suffix != ".partial" for path in directory.iterdir()):
             raise InputError(f"{directory} holds other files, and no meta.json of latents; give an empty or a new folder") from None
         return
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -188,6 +189,8 @@ def _make(directory: Path, asked: dict[str, Any], dataset: Dataset, codec: Codec
     """Encodes the parts that are not there; all processes must call it."""
     # All processes take part in encoding, so all must know of the same parts.
     there = meshes.agree(np.array([part is not None for part in _parts(directory, asked)], np.int32)).astype(bool)
+    if there.all():  # made by another process meanwhile
+        return
     if meshes.first_process():
         directory.mkdir(parents=True, exist_ok=True)
         _write(directory / "meta.json", lambda file: file.write(json.dumps(asked, indent=1).encode()))
