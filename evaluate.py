@@ -256,7 +256,7 @@ def note(line: str) -> None:
 def load(run, split: str) -> data.Dataset:
     """A split of the data that the model was trained on. Raises InputError where the images are of another shape."""
     config = run.config
-    dataset = data.load(config.data.name, split, FLAGS.data_dir or config.data_dir or None, size=config.data.size or None)
+    dataset = data.of_config(config, split, FLAGS.data_dir)
     if dataset.images.shape[1:] != tuple(run.shape):
         raise jd.InputError(f"the images of {config.data.name} are {dataset.images.shape[1:]}, and this model's are {run.shape}")
     return dataset

@@ -21,10 +21,11 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from jaxdiff import cli, data, evaluation, pictures
+from jaxdiff import cli, data, evaluation, first_stage, pictures
 from jaxdiff import experiment as experiments
 from jaxdiff import mesh as meshes
 from jaxdiff import run as runs
+from jaxdiff.data import latents
 from jaxdiff.errors import InputError, RunError
 from jaxdiff.training import averages, checkpoint, dryrun, ema_distance, hardware, init_state, make_optimizer, make_step, metrics
 
@@ -75,16 +76,15 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
         went_on = None if newest < 0 else newest
     if went_on is not None:
         _same_experiment(workdir, went_on, config)
-    measured = config.data.codec == "standardised"
-    if measured:
-        config.data.codec = "standardised((0.0,), (1.0,))"
+    asked = config.data.codec
+    config.data.codec = first_stage.provisional(asked)
     experiment = experiments.build(config)
     runs.check(config, experiment)
-    dataset = data.load(config.data.name, config.data.split, config.data_dir or None, size=config.data.size or None)
+    dataset = data.of_config(config)
     _fits(config, dataset)
-    if measured:
-        mean, std = data.statistics(dataset)
-        config.data.codec = f"standardised({mean.tolist()}, {std.tolist()})"
+    stored = _latents(config, experiment, dataset, dry_run) if first_stage.is_latent(experiment.codec) else None
+    config.data.codec = _measured(asked, experiment.codec, dataset, stored)
+    if config.data.codec != asked:
         experiment = experiments.build(config)
 
     show = functools.partial(_sample, config, experiment, workdir)
@@ -95,10 +95,10 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
     def init(key):
         return init_state(experiment, optimizer, config.training.ema, key)
 
+    at = functools.partial(data.batch_at, dataset) if stored is None else functools.partial(latents.batch_at, stored)
+
     def batch_of(i: int) -> dict[str, jax.Array]:
-        return meshes.put(
-            mesh, config.batch_size, lambda part, n: data.batch_at(dataset, config.seed, i, config.batch_size, part, n)
-        )
+        return meshes.put(mesh, config.batch_size, lambda part, n: at(config.seed, i, config.batch_size, part, n))
 
     shapes = jax.eval_shape(init, key)
     shardings = meshes.state_shardings(mesh, shapes)
@@ -114,6 +114,8 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
             return
         say(f"{config.data.name}: {len(dataset.images)} images {dataset.images.shape[1:]}, {jax.device_count()} "
             f"{jax.devices()[0].device_kind} device(s), {jax.process_count()} process(es), writing to {workdir}")  # fmt: skip
+        if stored is not None:
+            say(f"latents {stored.parts[0].shape[1:]} of each in {stored.folder}, encoded by data.codec={config.data.codec}")
         if went_on is None:
             say("compiling the start ...")
             state = jax.jit(init, out_shardings=shardings)(key)
@@ -307,11 +309,26 @@ def _sample(config, experiment, workdir, state, writer, forward: float, budget: 
     return f"{num} samples of {steps} steps in {path}"
 
 
+def _latents(config, experiment, dataset: data.Dataset, dry_run: bool) -> latents.Latents:
+    """What the first stage says of the images, encoded once; a dry run encodes nothing."""
+    if dry_run:
+        return latents.blank(dataset, experiment.codec, config.data.flip)
+    folder = experiments.optional(config, "data", "latents")
+    return latents.cached(dataset, experiment.codec, config.data.flip, config.sampling.batch_size, folder)
+
+
+def _measured(asked: str, codec, dataset: data.Dataset, stored: latents.Latents | None) -> str:
+    """data.codec with what it asks to measure of the images, or of their latents."""
+    if not first_stage.measures(asked, codec) or (stored is not None and not stored.folder):  # a dry run's latents say nothing
+        return first_stage.measured(asked, codec, None)
+    return first_stage.measured(asked, codec, data.statistics(dataset) if stored is None else latents.statistics(stored))
+
+
 def _held_out(config, say) -> data.Dataset | None:
     """Labelled images that are not trained on: the split test or validation, None where there is neither."""
     for split in ("test", "validation"):
         with contextlib.suppress(InputError):
-            dataset = data.load(config.data.name, split, config.data_dir or None, size=config.data.size or None)
+            dataset = data.of_config(config, split)
             if split != config.data.split and len(dataset.labels) and dataset.labels.min() >= 0:
                 say(f"held out: {len(dataset.labels)} images, {config.data.name} {split}")
                 return dataset
@@ -373,8 +390,7 @@ def _same_experiment(workdir, step: int, config: ConfigDict) -> None:
     A codec whose statistics were measured keeps them: the data may have grown since.
     """
     _, old, _ = checkpoint.restore_meta(workdir, step)
-    if config.data.codec == "standardised" and str(old.data.codec).startswith("standardised"):
-        config.data.codec = old.data.codec
+    config.data.codec = first_stage.kept(config.data.codec, old.data.codec)
     for name, of in {
         "training.ema": lambda c: ", ".join(str(average) for average in c.training.ema),
         "optimizer.name": lambda c: str(c.optimizer.name).split("(")[0],
@@ -388,7 +404,7 @@ def _same_experiment(workdir, step: int, config: ConfigDict) -> None:
         before, now = checkpoint.plain(old[group]), checkpoint.plain(config[group])
         for name in sorted(before.keys() | now.keys()):
             a, b = (keys.get(name, experiments.OPTIONAL.get((group, name))) for keys in (before, now))
-            if a != b and name != "remat":
+            if a != b and name not in ("remat", "latents"):
                 raise InputError(
                     f"workdir {workdir} holds another experiment: its {group}.{name} is {a!r}, now {b!r}; "
                     f"give another --workdir, or the value it was trained with"
@@ -398,7 +414,8 @@ def _same_experiment(workdir, step: int, config: ConfigDict) -> None:
 def _fits(config: ConfigDict, dataset: data.Dataset) -> None:
     shape, classes = tuple(dataset.images.shape[1:]), int(dataset.labels.max()) + 1
     if shape != tuple(config.data.shape):
-        raise InputError(f"config.data.shape={tuple(config.data.shape)} but the images of {config.data.name} are {shape}")
+        border = f" with data.pad={config.data.pad}" if config.data.get("pad") else ""
+        raise InputError(f"config.data.shape={tuple(config.data.shape)} but the images of {config.data.name} are {shape}{border}")
     if config.model.classes and not classes:
         raise InputError(f"config.model.classes={config.model.classes} but {config.data.name} has no labels; use 0")
     if config.model.classes and classes > config.model.classes:

@@ -36,7 +36,7 @@ def main() -> None:
     steps = sorted(checkpoint.steps(checkpoint.place(args.workdir) / checkpoint.FOLDER))
     config = jd.load(args.workdir).config
     built = experiment.build(config)
-    test = data.load(config.data.name, "test", args.data_dir or config.data_dir or None, size=config.data.size or None)
+    test = data.of_config(config, "test", args.data_dir)
 
     def bits(metric: str, step: int, num: int) -> dict:
         run = jd.load(args.workdir, step=step)

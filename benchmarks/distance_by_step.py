@@ -91,7 +91,7 @@ def main() -> None:
 
 def of_split(run, split: str) -> data.Dataset:
     config = run.config
-    return data.load(config.data.name, split, FLAGS.data_dir or config.data_dir or None, size=config.data.size or None)
+    return data.of_config(config, split, FLAGS.data_dir)
 
 
 def drawn(run, steps: int) -> np.ndarray:

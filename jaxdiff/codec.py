@@ -1,7 +1,7 @@
 """Codecs: how uint8 images become what the process diffuses, and back."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,14 @@ __all__ = ["centred", "pixels", "standardised"]
 
 
 class Codec(NamedTuple):
-    """`encode(key, x)`: uint8 [B, ..., C] -> z; `decode(z)`: z -> uint8 [B, ..., C]. The key is for stochastic encoders."""
+    """`encode(key, x)`: uint8 [B, ..., C] -> z; `decode(z)`: z -> uint8 [B, ..., C]. The key is for stochastic encoders.
+
+    `stage` is None for pixels, and a `first_stage.Stage` where z is a latent.
+    """
 
     encode: Callable[[Array, Array], Array]
     decode: Callable[[Array], Array]
+    stage: Any = None
 
 
 def pixels() -> Codec:

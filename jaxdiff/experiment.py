@@ -14,7 +14,7 @@ from jaxdiff import codec as codecs
 from jaxdiff import first_stage, models, objectives, schedules, targets, times, weights
 from jaxdiff.codec import Codec
 from jaxdiff.data import augment as augments
-from jaxdiff.data import random_flip
+from jaxdiff.data import either_flip, random_flip
 from jaxdiff.denoiser import LOGSNR_LIMIT, Net, clip_logsnr
 from jaxdiff.errors import InputError, nearest
 from jaxdiff.level import Level, logsnr
@@ -29,7 +29,7 @@ Params = Any
 # The keys of a config, by group; "" is the config itself. Those of `model` are `models.FIELDS`, and here the ones read elsewhere.
 KEYS: dict[str, tuple[str, ...]] = {
     "": ("seed", "steps", "batch_size", "data_dir"),
-    "data": ("name", "split", "shape", "size", "codec", "flip", "augment"),
+    "data": ("name", "split", "shape", "size", "pad", "codec", "latents", "flip", "augment"),
     "model": ("name", "classes"),
     "process": ("schedule", "target", "draw", "weight", "loss", "data_std", "drop_label"),
     "optimizer": ("name", "learning_rate", "schedule", "clip"),
@@ -59,7 +59,13 @@ PREDICTS = {
     "sampling": ("times", "solver", "steps", "max_steps", "guidance", "num", "clip"),
 }
 # Keys that a config may leave out, and what that means.
-OPTIONAL = {("data", "augment"): "", ("process", "weight"): "unit", ("process", "loss"): "simple"}
+OPTIONAL = {
+    ("data", "pad"): 0,
+    ("data", "latents"): "",
+    ("data", "augment"): "",
+    ("process", "weight"): "unit",
+    ("process", "loss"): "simple",
+}
 
 
 class Experiment(NamedTuple):
@@ -67,10 +73,11 @@ class Experiment(NamedTuple):
 
     `init(key) -> params`. `prepare(extra, key, batch) -> example` draws all that knows no parameters, for the whole batch
     {"image": uint8 [B, H, W, C], "label": int32 [B]} at once: what accumulation then cuts up is the same however many pieces it
-    cuts. `loss(params, extra, key, example) -> (loss of each example [B], extra, metrics)`, where metrics hold numbers [] or one a
+    cuts; of latents it may be what `data.latents` keeps of the images, "latent" [B, 1 or 2, h, w, m] in place of "image".
+    `loss(params, extra, key, example) -> (loss of each example [B], extra, metrics)`, where metrics hold numbers [] or one a
     sample [B], and among those "logsnr". `extra` is the initial value of what training carries besides the parameters;
-    `net(params, cond, key=None) -> Net`, where a key turns dropout on; `schedule(params) -> Schedule`, of None the one
-    before training. `shape` is one image's (H, W, C), of which `codec` may make another. `draw` and `objective` are what the config
+    `net(params, cond, key=None) -> Net`, where a key turns dropout on; `schedule(params) -> Schedule`, of None the one before
+    training. `shape` is one image's (H, W, C), of which `codec` may make another. `draw` and `objective` are what the config
     names. `target` is None where the network is a classifier, whose output is logits [B, classes].
     """
 
@@ -112,6 +119,8 @@ def build(config) -> Experiment:
     _check_sizes(config, model, objective, latent)
     if first_stage.is_latent(codec):
         _check_latent(config, objective)
+    elif folder := optional(config, "data", "latents"):
+        raise InputError(f"data.latents={folder!r} keeps latents, and data.codec={config.data.codec!r} makes none; leave it out")
     _check_objective(config, objective, start, target, draw, learns)
     lo, hi = (-LOGSNR_LIMIT, LOGSNR_LIMIT) if learns else _logsnr_range(process, start, draw)
     if target is not None and objective.weighted:
@@ -138,10 +147,12 @@ def build(config) -> Experiment:
 
     def prepare(extra, key, batch):
         k_flip, k_encode, k_time, k_label, k_eps = jax.random.split(key, 5)
-        image, label = batch["image"], batch["label"]
-        if config.data.flip:
-            image = random_flip(k_flip, image)
-        x0, cond = codec.encode(k_encode, image), {}
+        label = batch["label"]
+        if "latent" in batch:
+            x0 = codec.stage.draw(k_encode, either_flip(k_flip, batch["latent"]))
+        else:
+            x0 = codec.encode(k_encode, random_flip(k_flip, batch["image"]) if config.data.flip else batch["image"])
+        cond = {}
         if augment is not None:
             x0, change = augment(jax.random.fold_in(key, 5), x0)
             cond |= {} if change is None else {"augment": change}

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from jaxdiff import codec as codecs
-from jaxdiff import editing, first_stage, sampling, shards, solvers, times
+from jaxdiff import editing, first_stage, models, sampling, shards, solvers, times
 from jaxdiff import experiment as experiments
 from jaxdiff import guidance as guide
 from jaxdiff import mesh as meshes
@@ -120,7 +120,7 @@ def _load(workdir: str | Path, ema: float | str | None, step: int | None) -> tup
     step, config, bad = checkpoint.restore_meta(workdir, step)
     for number, problem in bad.items():
         warnings.warn(f"checkpoint of step {number} is damaged ({problem}); using step {step}", stacklevel=3)
-    if config.model.name == "AutoencoderKL":
+    if config.model.name in models.AUTOENCODERS:
         raise InputError(f"{workdir} holds an autoencoder, which draws no images; jaxdiff.load_codec loads it, as a codec")
     config.data.codec = first_stage.found(config.data.codec, workdir)
     experiment = build(config)
@@ -499,8 +499,9 @@ def _pushed(experiment: Experiment, label: Any, classifier: Classifier, scale: f
 def _same(a: Codec, b: Codec, shape: tuple[int, ...]) -> bool:
     """Whether two codecs of images of `shape` make the same of them."""
     latent = [jax.tree.leaves(each.encode) for each in (a, b) if first_stage.is_latent(each)]
-    if latent:  # an autoencoder is its parameters
-        return len(latent) == 2 and all(x.shape == y.shape and bool((x == y).all()) for x, y in zip(*latent))
+    if latent:  # an autoencoder is its parameters, and what its latents are scaled by
+        alike = len(latent) == 2 and len(latent[0]) == len(latent[1])
+        return alike and all(x.shape == y.shape and bool((x == y).all()) for x, y in zip(*latent))
     # A codec of pixels is a line through what it makes of black and of white, whatever a config calls it.
     return all((jnp.abs(x - y) <= 1e-3).all() for x, y in zip(*(codecs.ends(each, shape) for each in (a, b))))
 
@@ -560,7 +561,7 @@ def asked(run: Run, seed: int, labels: np.ndarray | None, settings: dict[str, An
     config = run.config
     guides = {"classifier": shards.digest(settings["classifier"].params)} if "classifier" in settings else {}
     # An autoencoder is what it has learnt, wherever it lies.
-    codec = shards.digest(run.codec.decode) if first_stage.is_latent(run.codec) else config.data.codec
+    codec = first_stage.facts(run.codec) if first_stage.is_latent(run.codec) else config.data.codec
     built = {"process": config.process.to_dict(), "codec": codec, "clip": config.sampling.clip}
     which = {"seed": seed, "labels": None if labels is None else labels.tolist(), "model": shards.digest(run.params)}
     return {"times": config.sampling.times, **settings, **guides, **which, **built}

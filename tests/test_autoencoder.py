@@ -156,7 +156,7 @@ def test_a_codec_is_a_pytree_of_its_parameters(small):
     """Under a jit that it is an argument of, the parameters are traced and no constants."""
     model, params = small
     made = first_stage.codec_of(model, params, codec.pixels(), 1.0)
-    assert len(jax.tree.leaves(made.decode)) == len(jax.tree.leaves(params)) + 1
+    assert len(jax.tree.leaves(made.decode)) == len(jax.tree.leaves(params)) + 2  # and what latents are scaled by
     z = image(1, 4, 4, 2)
     through = jax.jit(lambda decode, z: decode(z))
     np.testing.assert_array_equal(through(made.decode, z), made.decode(z))

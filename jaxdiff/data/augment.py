@@ -18,8 +18,17 @@ Array = jax.Array
 
 def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
     """Each image of [B, H, W, C] mirrored left-right with probability 1/2; `key` is one `jax.random.key`."""
-    mirrored = jax.random.bernoulli(key, 0.5, (images.shape[0], 1, 1, 1))
-    return jnp.where(mirrored, images[:, :, ::-1], images)
+    return jnp.where(_mirrored(key, images), images[:, :, ::-1], images)
+
+
+def either_flip(key: jax.Array, images: jax.Array) -> jax.Array:
+    """One of [B, 1 or 2, H, W, C] for each: the first, or where there are two the second, mirrored, where `random_flip` mirrors."""
+    first = images[:, 0]
+    return first if images.shape[1] == 1 else jnp.where(_mirrored(key, first), images[:, 1], first)
+
+
+def _mirrored(key: jax.Array, images: jax.Array) -> jax.Array:
+    return jax.random.bernoulli(key, 0.5, (images.shape[0], 1, 1, 1))
 
 
 def crop(pixels: int = 4) -> Callable[[Array, Array], tuple[Array, None]]:

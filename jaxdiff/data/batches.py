@@ -19,6 +19,13 @@ def batch_at(
 
     Raises InputError where batch_size is not a positive multiple of processes, or an argument is out of range.
     """
+    rows = rows_at(len(dataset.labels), seed, step, batch_size, process, processes)
+    # A plain view of the memory map: indexing np.memmap itself pays for its subclass at every batch.
+    return {"image": np.asarray(dataset.images).take(rows, axis=0), "label": dataset.labels[rows]}
+
+
+def rows_at(n: int, seed: int, step: int, batch_size: int, process: int = 0, processes: int = 1) -> np.ndarray:
+    """Which of n examples `batch_at` takes, int [b]. Raises InputError as it does."""
     if processes < 1 or not 0 <= process < processes:
         raise InputError(f"process {process} of {processes}: process must be from 0 to processes - 1")
     if batch_size < 1 or batch_size % processes:
@@ -27,9 +34,7 @@ def batch_at(
         raise InputError(f"seed {seed} and step {step} must not be negative")
     share = batch_size // processes
     start = step * batch_size + process * share
-    rows = _rows(len(dataset.labels), seed, start, start + share)
-    # A plain view of the memory map: indexing np.memmap itself pays for its subclass at every batch.
-    return {"image": np.asarray(dataset.images).take(rows, axis=0), "label": dataset.labels[rows]}
+    return _rows(n, seed, start, start + share)
 
 
 def _rows(n: int, seed: int, start: int, stop: int) -> np.ndarray:

@@ -5,6 +5,7 @@ under another name (``*.partial``) and renamed when it is complete and on disk: 
 """
 
 import concurrent.futures
+import functools
 import hashlib
 import json
 import math
@@ -55,6 +56,27 @@ def fingerprint(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
+def place(cache_dir: str | os.PathLike[str] | None) -> Path:
+    """Where caches are kept: cache_dir, or where None $XDG_CACHE_HOME/jaxdiff, else ~/.cache/jaxdiff."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxdiff"
+    return default if cache_dir is None else Path(cache_dir).expanduser()
+
+
+def bordered(source: Source, size: int | None, pad: int) -> Source:
+    """The source with its images fitted to `size`, and then a black border of `pad` pixels on each side."""
+
+    def around(item: Item) -> "Image":
+        from PIL import ImageOps
+
+        image = item.open()
+        return ImageOps.expand(image if size is None else fit(image, size), pad, 0)
+
+    def items(start: int, stop: int) -> list[Item]:
+        return [item._replace(open=functools.partial(around, item)) for item in source.items(start, stop)]
+
+    return source._replace(items=items, fingerprint=fingerprint([source.fingerprint, size, pad]))
+
+
 def cached(source: Source, size: int | None, cache_dir: str | os.PathLike[str] | None) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [N, H, W, C], a read-only memory map, and labels int32 [N] of a source, decoded on first use.
 
@@ -62,8 +84,7 @@ def cached(source: Source, size: int | None, cache_dir: str | os.PathLike[str] |
     """
     if source.total == 0:
         raise InputError(f"split {source.split!r} of {source.name} holds no images")
-    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxdiff"
-    root = default if cache_dir is None else Path(cache_dir).expanduser()
+    root = place(cache_dir)
     parts = [source.name.replace("/", "-"), source.version, source.split, str(size or "full")]
     directory = root / "-".join([part for part in parts if part] + [fingerprint([_LAYOUT, source.fingerprint])[:16]])
     try:

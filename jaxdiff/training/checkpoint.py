@@ -274,12 +274,31 @@ def restore_ema(workdir, step: int, abstract: dict[str, Any], folder: str = FOLD
     return _restore(place(workdir) / folder / str(step) / "ema", abstract)
 
 
+def restore_some(workdir, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+    """`restore_ema` of what `abstract` names alone: other averages, and other collections of one, are not read."""
+    import orbax.checkpoint as ocp
+
+    def read(item: epath.Path) -> dict[str, Any]:
+        places = ocp.checkpoint_utils.construct_restore_args(abstract)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            return reader.restore(item, args=ocp.args.PyTreeRestore(abstract, places, partial_restore=True))
+
+    return _told(place(workdir) / FOLDER / str(step) / "ema", read)
+
+
 def _restore(item: epath.Path, abstract: Any) -> Any:
     import orbax.checkpoint as ocp
 
-    try:
+    def read(item: epath.Path) -> Any:
         with ocp.StandardCheckpointer() as reader:
             return reader.restore(item, abstract)
+
+    return _told(item, read)
+
+
+def _told(item: epath.Path, read: Callable[[epath.Path], Any]) -> Any:
+    try:
+        return read(item)
     except Exception as error:  # Orbax and TensorStore each raise their own kinds; to the user they are one thing
         raise InputError(f"checkpoint {item.parent} is of another model or optimizer ({_brief(error)})") from error
 
