@@ -87,7 +87,7 @@ def test_the_scan_is_the_blocks_one_after_another(small):
     blocks = params["params"]["blocks"]
     assert {a.shape[0] for a in jax.tree.leaves(blocks)} == {2}
 
-    def by_hand(module, h, embedding):
+    def by_hand(module, h, embedding, grid):
         for i in range(2):
             h, _ = Block(2).apply({"params": jax.tree.map(lambda a, i=i: a[i], blocks)}, h, embedding)
         return h

@@ -10,7 +10,7 @@ from jaxdiff.errors import InputError, nearest
 from jaxdiff.models.autoencoder import AutoencoderKL
 from jaxdiff.models.checks import check
 from jaxdiff.models.classifier import Classifier
-from jaxdiff.models.dit import DiT
+from jaxdiff.models.dit import DiT, NoNorm, NoPlaces, NoRotation, RMSNorm, Rotary, SinCosPlaces
 from jaxdiff.models.parts import (
     ADMBlock,
     ADMBlockDown,
@@ -72,12 +72,18 @@ __all__ = [
     "Leave",
     "LinearBetaSinusoidal",
     "NoAttention",
+    "NoNorm",
+    "NoPlaces",
+    "NoRotation",
     "OneHotEmbed",
+    "RMSNorm",
     "ResBlock",
     "ResBlockDown",
     "ResBlockUp",
     "ResidualLeave",
+    "Rotary",
     "ScaledLinearBetaSinusoidal",
+    "SinCosPlaces",
     "Sinusoidal",
     "SubVPEnter",
     "SubVPSinusoidal",
@@ -107,6 +113,9 @@ PARTS: dict[str, tuple[type, ...]] = {
     "up": (Up, ADMBlockUp, ResBlockUp, DDPMppUp),
     "leave": (Leave, ResidualLeave),
     "pool": (AttentionPool,),
+    "places": (SinCosPlaces, NoPlaces),
+    "qk_norm": (NoNorm, RMSNorm),
+    "rotate": (NoRotation, Rotary),
 }
 # The fields of a part that the network fills in; a config may give the others.
 _GIVEN = {"parent", "name", "features", "channels", "dropout", "dtype", "heads", "classes", "augment", "time", "out_channels"}
