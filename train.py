@@ -80,45 +80,39 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
     config.data.codec = first_stage.provisional(asked)
     experiment = experiments.build(config)
     runs.check(config, experiment)
+    key = jax.random.key(config.seed)
+    if dry_run:  # of shapes alone: the data need not be there
+        with jax.set_mesh(mesh):
+            _, step, shapes, shardings = _programs(config, experiment, optimizer, mesh)
+            batch = dryrun.batch_shapes(config, experiment.codec, mesh)
+            dryrun.report(config, mesh, step, key, shapes, shardings, batch, say)
+        return
     dataset = data.of_config(config)
     _fits(config, dataset)
-    stored = _latents(config, experiment, dataset, dry_run) if first_stage.is_latent(experiment.codec) else None
+    stored = _latents(config, experiment, dataset) if first_stage.is_latent(experiment.codec) else None
     config.data.codec = _measured(asked, experiment.codec, dataset, stored)
     if config.data.codec != asked:
         experiment = experiments.build(config)
 
     show = functools.partial(_sample, config, experiment, workdir)
     if experiment.target is None:
-        show = functools.partial(_accuracy, config, experiment, mesh, None if dry_run else _held_out(config, say))
-    key = jax.random.key(config.seed)
-
-    def init(key):
-        return init_state(experiment, optimizer, config.training.ema, key)
+        show = functools.partial(_accuracy, config, experiment, mesh, _held_out(config, say))
 
     at = functools.partial(data.batch_at, dataset) if stored is None else functools.partial(latents.batch_at, stored)
 
     def batch_of(i: int) -> dict[str, jax.Array]:
         return meshes.put(mesh, config.batch_size, lambda part, n: at(config.seed, i, config.batch_size, part, n))
 
-    shapes = jax.eval_shape(init, key)
-    shardings = meshes.state_shardings(mesh, shapes)
-    step = jax.jit(
-        make_step(experiment, optimizer, config.training.accumulate),
-        donate_argnums=1,
-        out_shardings=(shardings, meshes.replicated(mesh)),
-    )
+    init, step, shapes, shardings = _programs(config, experiment, optimizer, mesh)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        if dry_run:
-            dryrun.report(config, mesh, step, key, shapes, shardings, batch_of(0), say)
-            return
         say(f"{config.data.name}: {len(dataset.images)} images {dataset.images.shape[1:]}, {jax.device_count()} "
             f"{jax.devices()[0].device_kind} device(s), {jax.process_count()} process(es), writing to {workdir}")  # fmt: skip
         if stored is not None:
             say(f"latents {stored.parts[0].shape[1:]} of each in {stored.folder}, encoded by data.codec={config.data.codec}")
         if went_on is None:
             say("compiling the start ...")
-            state = jax.jit(init, out_shardings=shardings)(key)
+            state = init(key)
         else:
             state = checkpoint.restore(workdir, went_on, shapes, shardings)
             say(f"going on from step {went_on}, the newest good checkpoint in {workdir}")
@@ -140,9 +134,9 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
 
         count = sum(a.size for a in jax.tree.leaves(shapes.params))
         say(f"{count:,} parameters; compiling the train step (about a minute for a large network, cached for next time) ...")
-        peak, flops = hardware.peak_flops(jax.devices()[0]), None
+        peak, flops = hardware.peak_flops(jax.devices()[0]), 0.0
         if peak:
-            flops = hardware.step_flops(step.lower(key, state, batch_of(first)), config.training.accumulate)
+            flops = hardware.flops(step.trace(key, state, batch_of(first)).jaxpr)
         stop = _on_signal(stack)
         bar = stack.enter_context(
             tqdm(initial=first, total=config.steps, unit="step", dynamic_ncols=True, smoothing=0.05, disable=not first_process)
@@ -168,7 +162,7 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
             row = metrics.summary(told) | {"ema_distance": float(apart)}
             if clock.pace:
                 row |= {"steps_per_s": 1 / clock.pace, "images_per_s": config.batch_size / clock.pace}
-                if peak and flops:
+                if peak:
                     row["mfu"] = flops / clock.pace / (peak * jax.device_count())
             clock.restart(done)
             writer.scalars(done, row)
@@ -221,6 +215,19 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
         what = f"draw more with: python sample.py --workdir={workdir}"
         what = f"guide with: jaxdiff.load_classifier({str(workdir)!r})" if experiment.target is None else what
         say(f"done: step {done}, {time.time() - start:.0f} s; {what}")
+
+
+def _programs(config, experiment, optimizer, mesh):
+    """The start and the step of training, to be compiled when first called, and the shapes and shardings of the state."""
+
+    def init(key):
+        return init_state(experiment, optimizer, config.training.ema, key)
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    shardings = meshes.state_shardings(mesh, shapes)
+    step = make_step(experiment, optimizer, config.training.accumulate)
+    jitted = jax.jit(step, donate_argnums=1, out_shardings=(shardings, meshes.replicated(mesh)))
+    return jax.jit(init, out_shardings=shardings), jitted, shapes, shardings
 
 
 class _Clock:
@@ -309,17 +316,15 @@ def _sample(config, experiment, workdir, state, writer, forward: float, budget: 
     return f"{num} samples of {steps} steps in {path}"
 
 
-def _latents(config, experiment, dataset: data.Dataset, dry_run: bool) -> latents.Latents:
-    """What the first stage says of the images, encoded once; a dry run encodes nothing."""
-    if dry_run:
-        return latents.blank(dataset, experiment.codec, config.data.flip)
+def _latents(config, experiment, dataset: data.Dataset) -> latents.Latents:
+    """What the first stage says of the images, encoded once."""
     folder = experiments.optional(config, "data", "latents")
     return latents.cached(dataset, experiment.codec, config.data.flip, config.sampling.batch_size, folder)
 
 
 def _measured(asked: str, codec, dataset: data.Dataset, stored: latents.Latents | None) -> str:
     """data.codec with what it asks to measure of the images, or of their latents."""
-    if not first_stage.measures(asked, codec) or (stored is not None and not stored.folder):  # a dry run's latents say nothing
+    if not first_stage.measures(asked, codec):
         return first_stage.measured(asked, codec, None)
     return first_stage.measured(asked, codec, data.statistics(dataset) if stored is None else latents.statistics(stored))
 

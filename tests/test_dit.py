@@ -8,7 +8,9 @@ import tiny
 from ml_collections import ConfigDict
 
 from jaxdiff import InputError, experiment, models, run, training
-from jaxdiff.models.dit import Block, DiT, places
+from jaxdiff.interop import dit as interop
+from jaxdiff.models.dit import Block, DiT, NoNorm, NoPlaces, RMSNorm, Rotary, places
+from jaxdiff.training import hardware
 
 SMALL = {"patch": 2, "width": 16, "depth": 2, "heads": 2, "classes": 3}
 CONFIG = {"name": "DiT", "patch": 2, "width": 16, "depth": 2, "heads": 2, "classes": 10, "time": "Sinusoidal", "dtype": "float32"}
@@ -52,21 +54,30 @@ def small():
     return jax.jit(model.apply), woken(model, x)
 
 
-@pytest.mark.parametrize(
-    ("width", "depth", "heads", "millions", "exact"),
-    [
-        (384, 12, 6, 33, None),
-        (768, 12, 12, 130, None),
-        (1024, 24, 16, 458, None),
-        # 675,129,632 by the count of the authors' own training log, which has the fixed places, 256 x 1152, among the parameters
-        (1152, 28, 16, 675, 675_129_632 - 256 * 1152),
-    ],
-)
-def test_parameters_are_the_papers(width, depth, heads, millions, exact):
-    """S/2, B/2, L/2 and XL/2 on ImageNet latents of 32 x 32 x 4, with a learned variance."""
-    model = DiT(width=width, depth=depth, heads=heads, classes=1000, out_channels=8)
-    n = count(shapes(model, jnp.zeros((1, 32, 32, 4))))
-    assert round(n / 1e6) == millions and exact in (None, n)
+# Peebles and Xie 2023, table 4, at patches of 2, 4 and 8: millions of parameters, and Gflops as they count, a multiply-add as one.
+PUBLISHED = [
+    (384, 12, 6, (33, 33, 33), (6.06, 1.41, 0.36)),
+    (768, 12, 12, (130, 130, 131), (23.01, 5.56, 1.42)),
+    (1024, 24, 16, (458, 458, 459), (80.71, 19.70, 5.01)),
+    (1152, 28, 16, (675, 675, 676), (118.64, 29.05, 7.39)),
+]
+
+
+@pytest.mark.parametrize(("width", "depth", "heads", "millions", "gflops"), PUBLISHED)
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_parameters_and_operations_are_the_papers(width, depth, heads, millions, gflops, which):
+    """S, B, L and XL on ImageNet latents of 32 x 32 x 4, with a learned variance."""
+    model, x = DiT(patch=2 ** (which + 1), width=width, depth=depth, heads=heads, classes=1000, out_channels=8), (1, 32, 32, 4)
+    params = shapes(model, jnp.zeros(x))
+    assert round(count(params) / 1e6) == millions[which]
+    counted = hardware.flops(jax.make_jaxpr(model.apply)(params, jax.ShapeDtypeStruct(x, jnp.float32), jnp.zeros(())))
+    assert counted / 2e9 == pytest.approx(gflops[which], rel=5e-4, abs=0.006)
+
+
+def test_xl_has_the_parameters_that_its_authors_counted():
+    """675,129,632 in their training log, which has the fixed places, 256 x 1152, among the parameters."""
+    model = DiT(width=1152, depth=28, heads=16, classes=1000, out_channels=8)
+    assert count(shapes(model, jnp.zeros((1, 32, 32, 4)))) == 675_129_632 - 256 * 1152
 
 
 def test_at_first_the_output_is_zero_and_a_block_the_identity():
@@ -80,24 +91,29 @@ def test_at_first_the_output_is_zero_and_a_block_the_identity():
     assert jnp.abs(block(own, h, embedding)[0] - h).max() > 0.1
 
 
-def test_the_scan_is_the_blocks_one_after_another(small):
+OTHERS = {"places": NoPlaces, "qk_norm": RMSNorm, "rotate": Rotary}
+
+
+@pytest.mark.parametrize("parts", [{}, OTHERS])
+def test_the_scan_is_the_blocks_one_after_another(parts):
     """The embedding and the two ends by the network itself, in which the blocks are left out."""
-    run_all, params = small
-    x, snr, cond = image(2, 4, 8, 3), jnp.asarray([-1.0, 3.0]).reshape(2, 1, 1, 1), {"label": jnp.array([1, -1])}
+    model, x, snr = DiT(**SMALL, **parts), image(2, 4, 8, 3), jnp.asarray([-1.0, 3.0]).reshape(2, 1, 1, 1)
+    params, cond = woken(model, x), {"label": jnp.array([1, -1])}
     blocks = params["params"]["blocks"]
     assert {a.shape[0] for a in jax.tree.leaves(blocks)} == {2}
 
-    def by_hand(module, h, embedding):
+    def by_hand(module, h, embedding, grid):
+        block = Block(2, qk_norm=module.qk_norm, rotate=module.rotate, grid=grid)
         for i in range(2):
-            h, _ = Block(2).apply({"params": jax.tree.map(lambda a, i=i: a[i], blocks)}, h, embedding)
+            h, _ = block.apply({"params": jax.tree.map(lambda a, i=i: a[i], blocks)}, h, embedding)
         return h
 
     class Unrolled(DiT):
         through = by_hand
 
     others = {"params": {name: a for name, a in params["params"].items() if name != "blocks"}}
-    got = jax.jit(Unrolled(**SMALL).apply)(others, x, snr, cond)
-    np.testing.assert_allclose(run_all(params, x, snr, cond), got, rtol=1e-4, atol=1e-5)
+    got = jax.jit(Unrolled(**SMALL, **parts).apply)(others, x, snr, cond)
+    np.testing.assert_allclose(jax.jit(model.apply)(params, x, snr, cond), got, rtol=1e-4, atol=1e-5)
     assert jnp.abs(got).max() > 0.1
 
 
@@ -113,6 +129,19 @@ def test_remat_changes_no_gradient(small):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradient(False), gradient(True))
 
 
+def test_the_operations_of_a_gradient_count_every_block_and_with_remat_once_more():
+    def counted(depth, remat):
+        model, x = DiT(width=32, depth=depth, heads=4, remat=remat), jnp.zeros((4, 32, 32, 4))
+        loss = jax.grad(lambda params: model.apply(params, x, jnp.zeros(())).sum())
+        return hardware.flops(jax.make_jaxpr(loss)(shapes(model, x)))
+
+    n, d = 256, 32
+    forward = 2 * 4 * (12 * d**2 * n + 2 * n**2 * d + 6 * d**2)
+    assert (counted(6, False) - counted(2, False)) / 4 == pytest.approx(3 * forward)
+    # All is computed again but the block's last product, which no gradient needs.
+    assert 3.8 * forward < (counted(6, True) - counted(2, True)) / 4 <= 4 * forward
+
+
 def test_places_are_sines_of_column_then_row():
     got = places(2, 3, 8)
     want = [
@@ -121,6 +150,112 @@ def test_places_are_sines_of_column_then_row():
         for c in range(3)
     ]
     np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def turned(q, grid, base=100.0):
+    return Rotary(base=base).apply({}, q, grid)
+
+
+def test_rotation_is_a_complex_phase_of_the_row_in_one_half_and_of_the_column_in_the_other():
+    q = image(1, 6, 1, 8)
+    got = np.asarray(turned(q, (2, 3), 100.0)).reshape(2, 3, 8)
+    z = np.asarray(q).reshape(2, 3, 8)
+    z = z[..., :4] + 1j * z[..., 4:]
+    for r, c in np.ndindex(2, 3):
+        want = z[r, c] * np.exp(1j * np.array([r, r / 10, c, c / 10]))  # 100^(-i / 2), i = 0, 1
+        np.testing.assert_allclose(got[r, c], [*want.real, *want.imag], atol=1e-6)
+
+
+def test_scores_of_rotated_queries_and_keys_depend_on_relative_places_alone():
+    """One query and one key, put at all places of a grid: their product is a function of rows and columns between them."""
+    rows, columns = 5, 4
+    q, k = (jnp.broadcast_to(image(1, 1, 1, 16, seed=seed), (1, rows * columns, 1, 16)) for seed in (1, 2))
+    scores = np.einsum("nd,md->nm", *(np.asarray(turned(a, (rows, columns)))[0, :, 0] for a in (q, k)))
+    scores = scores.reshape(rows, columns, rows, columns)
+    found = {}
+    for r, c, s, d in np.ndindex(*scores.shape):
+        found.setdefault((r - s, c - d), []).append(scores[r, c, s, d])
+    assert len(found) == (2 * rows - 1) * (2 * columns - 1)
+    assert max(np.ptp(each) for each in found.values()) < 1e-5
+    means = np.array([np.mean(each) for each in found.values()])
+    assert np.unique(means.round(4)).size == means.size  # and tells any two displacements apart
+    np.testing.assert_allclose(found[0, 0], np.sum(np.asarray(q)[0, 0] * np.asarray(k)[0, 0]), rtol=1e-5)
+
+
+def test_queries_are_normalised_in_each_head_and_scaled_by_what_is_learned():
+    q, scale = 7.0 * image(2, 5, 3, 8) + 2.0, jnp.linspace(0.5, 2.0, 8)
+    got = RMSNorm().apply({"params": {"scale": scale}}, q)
+    np.testing.assert_allclose(jnp.square(got / scale.reshape(1, 1, 1, 8)).mean(-1), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(got / scale.reshape(1, 1, 1, 8) * jnp.sqrt(jnp.square(q).mean(-1, keepdims=True)), q, rtol=1e-5)
+    # Statistics are float32: in bfloat16 the result is the float32 one, rounded.
+    low = q.astype(jnp.bfloat16)
+    full = RMSNorm().apply({"params": {"scale": scale}}, low.astype(jnp.float32))
+    np.testing.assert_array_equal(RMSNorm(dtype=jnp.bfloat16).apply({"params": {"scale": scale}}, low), full.astype(jnp.bfloat16))
+
+
+def test_with_normalised_queries_their_size_no_longer_matters():
+    x = image(2, 4, 8, 3)
+
+    def change(qk_norm):
+        """How far the output moves where all queries are 30 times as large."""
+        model = DiT(**SMALL, qk_norm=qk_norm)
+        params, run_all = woken(model, x), jax.jit(model.apply)
+        grown = params["params"]["blocks"] | {"q": jax.tree.map(lambda a: 30 * a, params["params"]["blocks"]["q"])}
+        return jnp.abs(
+            run_all({"params": params["params"] | {"blocks": grown}}, x, jnp.zeros(())) - run_all(params, x, jnp.zeros(()))
+        ).max()
+
+    assert change(RMSNorm) < 1e-4 and change(NoNorm) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("parts", "blind"),
+    [
+        ({"places": NoPlaces}, True),
+        ({"places": NoPlaces, "qk_norm": RMSNorm}, True),
+        ({}, False),
+        ({"places": NoPlaces, "rotate": Rotary}, False),
+    ],
+)
+def test_without_places_patches_are_a_set_and_either_part_tells_them_apart(parts, blind):
+    """Patches in another order come out in that order, as they were, where nothing says their places."""
+    model, x = DiT(**SMALL, **parts), image(1, 4, 8, 3)
+    params, run_all = woken(model, x), jax.jit(model.apply)
+
+    def swapped(a):  # the patches of both rows
+        return jnp.concatenate([a[:, 2:], a[:, :2]], axis=1)
+
+    def mixed(a):  # and their columns in another order
+        return swapped(a).reshape(1, 4, 4, 2, -1)[:, :, np.array([2, 0, 3, 1])].reshape(a.shape)
+
+    off = jnp.abs(run_all(params, mixed(x), jnp.zeros(())) - mixed(run_all(params, x, jnp.zeros(())))).max()
+    assert off < 1e-5 if blind else off > 1e-2
+
+
+def test_the_parts_add_no_parameters_but_the_scales_of_queries_and_keys():
+    def names(**parts):
+        found = jax.tree_util.tree_leaves_with_path(shapes(DiT(**SMALL, **parts), image(1, 4, 4, 3))["params"])
+        return {jax.tree_util.keystr(path, simple=True, separator="/"): a.shape for path, a in found}
+
+    assert names(places=NoPlaces, rotate=Rotary) == names()
+    assert names(**OTHERS) == names() | {"blocks/q_norm/scale": (2, 8), "blocks/k_norm/scale": (2, 8)}
+
+
+def test_a_config_names_the_parts():
+    c = config()
+    c.model.update(places="NoPlaces", qk_norm="RMSNorm(epsilon=1e-5)", rotate="Rotary(base=100)")
+    model = models.build(c.model)
+    assert model.places is NoPlaces and model.qk_norm.keywords == {"epsilon": 1e-5} and model.rotate.keywords == {"base": 100}
+    built = experiment.build(c)
+    assert jax.eval_shape(built.init, jax.random.key(0))["params"]["blocks"]["q_norm"]["scale"].shape == (2, 8)
+
+
+@pytest.mark.parametrize(("role", "other"), [("places", "NoPlaces"), ("qk_norm", "RMSNorm"), ("rotate", "Rotary")])
+def test_a_transformer_of_other_parts_is_not_exported_as_diffusers(role, other):
+    c = config(model__time="LinearBetaSinusoidal(cos_first=1)")
+    c.model[role] = other
+    with pytest.raises(InputError, match=f"model.{role}='{other}' is no DiT of diffusers'; allowed: "):
+        interop.to_diffusers(c, None)
 
 
 def test_without_attention_a_patch_is_seen_by_itself_alone():
@@ -180,6 +315,13 @@ def test_sizes_that_do_not_divide_are_refused():
         ({"model__mlp_epsilon": 0.0}, "model.mlp_epsilon=0.0 is out of range"),
         ({"model__out_channels": 3}, "model.out_channels=3 is not what process.loss='simple' needs; allowed: None, 1"),
         ({"model__channels": 8}, "model.channels is unknown to model.name='DiT'"),
+        ({"model__rotate": "SinCosPlaces"}, "model.rotate='SinCosPlaces' is unknown; allowed: NoRotation, Rotary"),
+        ({"model__rotate": "Rotary(base=0)"}, "model.rotate's base=0 is out of range; it is a finite number above 0"),
+        (
+            {"model__rotate": "Rotary", "model__heads": 8},
+            "model.heads=8 leaves 2 channels a head, and model.rotate='Rotary' needs a",
+        ),
+        ({"model__qk_norm": "RMSNorm(scale=2)"}, "takes numbers by name: epsilon"),
         ({"model__blocks": 8}, "model.blocks is unknown to model.name='DiT'; did you mean 'depth'|model.blocks is unknown"),
         ({"process__loss": "cross_entropy"}, "process.loss='cross_entropy' trains a classifier"),
     ],

@@ -224,8 +224,7 @@ def test_two_processes_share_one_folder(tmp_path):
     assert meta["shape"] == [200, 2, 4, 4, 4] and not list((tmp_path / "x").glob("*.partial"))
 
 
-def test_blank_latents_have_the_shapes_and_take_no_room(kl):
-    stored = latents.blank(some(), kl, True)
-    batch = latents.batch_at(stored, 0, 0, 8)
-    assert batch["latent"].shape == (8, 2, 4, 4, 4) and batch["latent"].dtype == np.float16
-    assert stored.parts[0].strides[0] == 0
+def test_what_is_kept_of_an_image_has_the_shape_that_is_told_beforehand(kl, tmp_path):
+    for flip, flips in ((False, 1), (True, 2)):
+        stored = latents.cached(some(), kl, flip, 8, tmp_path / str(flip))
+        assert stored.parts[0].shape[1:] == latents.shape(kl, some().images.shape[1:], flip) == (flips, 4, 4, 4)

@@ -232,6 +232,16 @@ def test_the_dry_run_tells_what_the_run_takes_and_leaves_nothing_behind(tmp_path
 
 
 @pytest.mark.slow
+def test_the_dry_run_needs_no_data_and_tells_what_each_of_eight_devices_holds(tmp_path):
+    where = ["--config=configs/mnist.py", "--config.data_dir=/nowhere", "--config.training.mesh=(1, 8)", f"--workdir={tmp_path}/w"]
+    done = script("train.py", *where, *TINY[2:6], "--dry_run", XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    assert done.returncode == 0, done.stderr
+    for said in ("8 x cpu; batch 8, 1 a device", "MiB, whole on each", "it fits", "s a step"):
+        assert said in done.stdout
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.slow
 def test_eight_devices_train_as_one(tmp_path):
     one = script("train.py", *TINY, f"--workdir={tmp_path}/1")
     many = script("train.py", *TINY, f"--workdir={tmp_path}/8", XLA_FLAGS="--xla_force_host_platform_device_count=8")

@@ -380,11 +380,59 @@ def test_metrics_and_pictures_are_written_to_a_bucket(monkeypatch):
     assert (where / "samples" / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_backend_that_counts_no_operations_is_believed():
-    class Lowered:
-        def cost_analysis(self):
-            return None
+def flops(f, *args):
+    return hardware.flops(jax.make_jaxpr(f)(*args))
 
-    assert hardware.step_flops(Lowered()) is None
-    product = jax.jit(lambda a: a @ a).lower(jnp.ones((8, 8)))
-    assert hardware.step_flops(product, 3) == pytest.approx(3 * 2 * 8**3)
+
+def test_products_are_counted_as_often_as_they_run():
+    a = jnp.ones((8, 8))
+    once = 2 * 8**3
+    assert flops(lambda a: a @ a, a) == once
+    assert flops(lambda a: jnp.einsum("bij,bkj->bik", a, a), jnp.ones((3, 8, 8))) == 3 * once
+    assert flops(jax.jit(lambda a: jnp.sin(a @ a) + a), a) == once
+    assert flops(lambda a: jax.lax.scan(lambda c, _: (c @ a, None), a, None, length=28)[0], a) == 28 * once
+    assert flops(lambda a: jax.lax.cond(a[0, 0] > 0, lambda: a @ a @ a, lambda: a), a) == 2 * once
+    assert flops(jax.grad(lambda a: (a @ a).sum()), a) == 3 * once
+
+
+def test_what_is_computed_again_for_the_gradient_counts_again():
+    a, once = jnp.ones((8, 8)), 2 * 8**3
+
+    def f(a):
+        return jnp.sin(jnp.sin(a @ a) @ a).sum()
+
+    assert flops(f, a) == 2 * once
+    assert flops(jax.grad(f), a) == 6 * once
+    assert flops(jax.grad(jax.checkpoint(f)), a) == 8 * once
+
+
+@pytest.mark.parametrize("changes", [{}, {"stride": 2}, {"width": 1}, {"padding": "VALID"}, {"groups": 4}, {"spread": 2}])
+def test_convolutions_are_counted_as_xla_counts_them(changes):
+    """Forward and backward, where strides become dilations; XLA adds the adding of the sum that is differentiated."""
+    given = {"stride": 1, "width": 3, "padding": "SAME", "groups": 1, "spread": 1} | changes
+
+    def f(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (given["stride"],) * 2, given["padding"], rhs_dilation=(given["spread"],) * 2,
+            feature_group_count=given["groups"], dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # fmt: skip
+
+    x, kernel = jnp.ones((2, 8, 6, 16)), jnp.ones((given["width"],) * 2 + (16 // given["groups"], 8))
+
+    def gradient(x, kernel):
+        return jax.grad(lambda x, kernel: jnp.square(f(x, kernel)).sum(), argnums=(0, 1))(x, kernel)
+
+    for function in (f, gradient):
+        xla = jax.jit(function).lower(x, kernel).cost_analysis()["flops"]
+        assert flops(function, x, kernel) == pytest.approx(xla, rel=0.03)
+
+
+def test_a_training_step_has_the_operations_that_xla_counts_and_accumulation_adds_none():
+    c = config(**{"batch_size": 32, "model.channels": 32})
+    built, optimizer = experiment.build(c), training.make_optimizer(c.optimizer)
+    state = jax.eval_shape(lambda key: training.init_state(built, optimizer, c.training.ema, key), jax.random.key(0))
+    batch = {"image": jax.ShapeDtypeStruct((32, 8, 8, 1), jnp.uint8), "label": jax.ShapeDtypeStruct((32,), jnp.int32)}
+    steps = [jax.jit(training.make_step(built, optimizer, n)).trace(jax.random.key(0), state, batch) for n in (1, 4)]
+    whole, pieces = (hardware.flops(step.jaxpr) for step in steps)
+    assert pieces == pytest.approx(whole, rel=1e-3)
+    assert whole == pytest.approx(steps[0].lower().cost_analysis()["flops"], rel=0.1)  # XLA counts what is done to each entry too

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,19 +88,18 @@ def cached(
     return Latents(tuple(parts), dataset.labels, _posterior(codec, dataset.images.shape[1:]), str(directory))  # type: ignore[arg-type]
 
 
-def blank(dataset: Dataset, codec: Codec, flip: bool) -> Latents:
-    """Zeros in the place of a data set's latents, which take no room: for what asks about shapes alone."""
-    zeros = np.broadcast_to(np.float16(0), facts(dataset, codec, flip, digested=False)["shape"])
-    return Latents((zeros,), dataset.labels, _posterior(codec, dataset.images.shape[1:]), "")
+def shape(codec: Codec, image: Sequence[int], flip: bool) -> tuple[int, ...]:
+    """What is kept of one image of shape `image` (H, W, C): (flips, h, w, m)."""
+    seen = jax.eval_shape(codec.stage.look, jax.ShapeDtypeStruct((1, *image), jnp.uint8))  # type: ignore[union-attr]
+    return (2 if flip else 1, *seen.shape[1:])
 
 
-def facts(dataset: Dataset, codec: Codec, flip: bool, digested: bool = True) -> dict[str, Any]:
+def facts(dataset: Dataset, codec: Codec, flip: bool) -> dict[str, Any]:
     """What latents are of and how they lie, as JSON: the codec's and the images' digests, the shape of all, images in a part."""
-    seen = jax.eval_shape(codec.stage.look, jax.ShapeDtypeStruct((1, *dataset.images.shape[1:]), jnp.uint8))
-    shape = [len(dataset.images), 2 if flip else 1, *seen.shape[1:]]
-    rows = min(_ROWS, max(1, _BYTES // (2 * math.prod(shape[1:]))), shape[0])
-    of = {"codec": codec.stage.digest, "pixels": codec.stage.pixels, "images": _digest(dataset.images) if digested else ""}
-    return {"layout": _LAYOUT, **of, "shape": shape, "part": rows}
+    n, one = len(dataset.images), shape(codec, dataset.images.shape[1:], flip)
+    rows = min(_ROWS, max(1, _BYTES // (2 * math.prod(one))), n)
+    of = {"codec": codec.stage.digest, "pixels": codec.stage.pixels, "images": _digest(dataset.images)}
+    return {"layout": _LAYOUT, **of, "shape": [n, *one], "part": rows}
 
 
 def batch_at(

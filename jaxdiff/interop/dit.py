@@ -42,6 +42,8 @@ KINDS: dict[str, folder.Kind] = {
     "num_embeds_ada_norm": folder.COUNT,
     "norm_eps": folder.POSITIVE,
 }
+# The parts that both layouts have.
+PARTS = {"places": "SinCosPlaces", "qk_norm": "NoNorm", "rotate": "NoRotation"}
 # What every block of diffusers' holds its own copy of.
 EMBEDDER = "norm1.emb."
 
@@ -109,7 +111,7 @@ def of_diffusers(
 def to_diffusers(config: ConfigDict, params: Any, factor: int = FACTOR) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """(config.json, tensors) for diffusers' DiTTransformer2DModel; each block gets a copy of the embedder.
 
-    Raises InputError for a time part other than theirs, or no classes, which theirs always has.
+    Raises InputError for parts other than theirs, or no classes, which theirs always has.
     """
     model = config.model
     heard = getattr(models.build(model).time, "keywords", {})
@@ -118,6 +120,9 @@ def to_diffusers(config: ConfigDict, params: Any, factor: int = FACTOR) -> tuple
             f"model.time={model.time!r} with model.classes={model.classes} is no DiT of diffusers'; allowed: classes and "
             "LinearBetaSinusoidal(cos_first=1)"
         )
+    for role, part in PARTS.items():
+        if model.get(role, part) != part:
+            raise InputError(f"model.{role}={model[role]!r} is no DiT of diffusers'; allowed: {part}")
     patches = params["params"]["patches"]["kernel"]
     theirs = {
         "_class_name": "DiTTransformer2DModel",

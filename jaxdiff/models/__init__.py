@@ -11,7 +11,7 @@ from jaxdiff.models.autoencoder import AutoencoderKL, AutoencoderVQ
 from jaxdiff.models.checks import check
 from jaxdiff.models.classifier import Classifier
 from jaxdiff.models.discriminator import PatchDiscriminator
-from jaxdiff.models.dit import DiT
+from jaxdiff.models.dit import DiT, NoNorm, NoPlaces, NoRotation, RMSNorm, Rotary, SinCosPlaces
 from jaxdiff.models.parts import (
     ADMBlock,
     ADMBlockDown,
@@ -74,13 +74,19 @@ __all__ = [
     "Leave",
     "LinearBetaSinusoidal",
     "NoAttention",
+    "NoNorm",
+    "NoPlaces",
+    "NoRotation",
     "OneHotEmbed",
     "PatchDiscriminator",
+    "RMSNorm",
     "ResBlock",
     "ResBlockDown",
     "ResBlockUp",
     "ResidualLeave",
+    "Rotary",
     "ScaledLinearBetaSinusoidal",
+    "SinCosPlaces",
     "Sinusoidal",
     "SubVPEnter",
     "SubVPSinusoidal",
@@ -110,6 +116,9 @@ PARTS: dict[str, tuple[type, ...]] = {
     "up": (Up, ADMBlockUp, ResBlockUp, DDPMppUp),
     "leave": (Leave, ResidualLeave),
     "pool": (AttentionPool,),
+    "places": (SinCosPlaces, NoPlaces),
+    "qk_norm": (NoNorm, RMSNorm),
+    "rotate": (NoRotation, Rotary),
 }
 # The fields of a part that the network fills in; a config may give the others.
 _GIVEN = {"parent", "name", "features", "channels", "dropout", "dtype", "heads", "classes", "augment", "time", "out_channels"}

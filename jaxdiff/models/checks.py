@@ -6,7 +6,7 @@ from typing import Any
 from jaxdiff.errors import InputError
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderKL, AutoencoderVQ
 from jaxdiff.models.classifier import Classifier
-from jaxdiff.models.dit import DiT
+from jaxdiff.models.dit import DiT, Rotary
 from jaxdiff.models.unet import UNet
 from jaxdiff.names import whole
 
@@ -75,6 +75,14 @@ def _check_transformer(model: DiT) -> None:
         divisors = ", ".join(str(n) for n in range(1, model.width + 1) if model.width % n == 0)
         raise InputError(f"model.heads={model.heads} does not divide model.width={model.width}; allowed: {divisors}")
     _positive("mlp_epsilon", model.mlp_epsilon)
+    for role in ("qk_norm", "rotate"):
+        for name, value in getattr(getattr(model, role), "keywords", {}).items():
+            _positive(f"{role}'s {name}", value)
+    if getattr(model.rotate, "func", model.rotate) is Rotary and model.width // model.heads % 4:
+        raise InputError(
+            f"model.heads={model.heads} leaves {model.width // model.heads} channels a head, and model.rotate='Rotary' needs a "
+            "multiple of 4"
+        )
 
 
 def _check_autoencoder(model: Autoencoder) -> None:

@@ -1,4 +1,13 @@
-"""The diffusion transformer, DiT: patches of an image as a sequence, the noise level and label by adaptive norms."""
+"""The diffusion transformer, DiT: patches of an image as a sequence, the noise level and label by adaptive norms.
+
+What a transformer may have otherwise is a part, a module that `DiT` or its `Block` calls by its role, always in the same way; what
+stands first here is the papers' own. N patches are those of a grid (rows, columns), row by row.
+
+    time(features)(logsnr [B]) -> [B, ...]                        the noise level as features, of `parts`
+    places(dtype)(h [B, N, width], grid) -> same                  where a patch is, as the blocks are entered
+    qk_norm(dtype)(q [B, N, heads, D]) -> same                    queries, and once more keys, before anything is done with them
+    rotate(q [B, N, heads, D], grid) -> same                      where a patch is, in queries and in keys
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +28,75 @@ TIME_FEATURES = 256
 SMALL = nn.initializers.normal(0.02)
 
 
+class SinCosPlaces(nn.Module):
+    """`places`, added. Source: Peebles and Xie 2023, section 3.2."""
+
+    dtype: Dtype = jnp.float32
+
+    def __call__(self, h: Array, grid: tuple[int, int]) -> Array:
+        return h + jnp.asarray(places(*grid, h.shape[-1]), self.dtype)[None]
+
+
+class NoPlaces(nn.Module):
+    """What a transformer has in their place that knows places by rotation alone."""
+
+    dtype: Dtype = jnp.float32
+
+    def __call__(self, h: Array, grid: tuple[int, int]) -> Array:
+        return h
+
+
+class NoNorm(nn.Module):
+    """Queries and keys as they are."""
+
+    dtype: Dtype = jnp.float32
+
+    def __call__(self, q: Array) -> Array:
+        return q
+
+
+class RMSNorm(nn.Module):
+    """Queries or keys of each head at a root mean square of one, times a learned scale [D] that the heads share, from float32.
+
+    However large the weights grow, no product of a query and a key exceeds D times the largest product of two scales, which keeps
+    attention from becoming one-hot. Sources: Henry et al. 2020 (query-key normalisation); Dehghani et al. 2023, section 2.
+    """
+
+    dtype: Dtype = jnp.float32
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, q: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones_init(), q.shape[-1:], jnp.float32)
+        q = q.astype(jnp.float32)
+        q = q * jax.lax.rsqrt(jnp.square(q).mean(-1, keepdims=True) + self.epsilon)
+        return (q * scale.reshape(*(1,) * (q.ndim - 1), -1)).astype(self.dtype)
+
+
+class NoRotation(nn.Module):
+    """What a transformer has that knows places by what is added at the start alone."""
+
+    def __call__(self, q: Array, grid: tuple[int, int]) -> Array:
+        return q
+
+
+class Rotary(nn.Module):
+    """Pairs of a head's channels turned by angles in proportion to the place, half of them to the row and half to the column.
+
+    The product of a turned query and a turned key depends on how far apart they are, and on nothing else of their places. The
+    channels D of a head are a multiple of 4; each half has frequencies base^(-i / (D / 4)). Source: Su et al. 2021 (RoPE), eqs. 13
+    to 16 and 34, along two axes.
+    """
+
+    base: float = 10000.0
+
+    def __call__(self, q: Array, grid: tuple[int, int]) -> Array:
+        angles = turns(*grid, q.shape[-1], self.base)[None, :, None]
+        cos, sin = (jnp.asarray(f(angles), jnp.float32) for f in (np.cos, np.sin))
+        a, b = jnp.split(q.astype(jnp.float32), 2, axis=-1)
+        return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(q.dtype)
+
+
 class Block(nn.Module):
     """Attention and an MLP, whose norms are shifted and scaled, and whose results gated, by the embedding: h [B, N, width] -> same.
 
@@ -29,6 +107,9 @@ class Block(nn.Module):
     heads: int
     dtype: Dtype = jnp.float32
     mlp_epsilon: float = 1e-6
+    qk_norm: Part = NoNorm
+    rotate: Part = NoRotation
+    grid: tuple[int, int] = (1, 1)
 
     @nn.compact
     def __call__(self, h: Array, embedding: Array) -> tuple[Array, None]:
@@ -45,6 +126,8 @@ class Block(nn.Module):
             nn.Dense(width, dtype=self.dtype, kernel_init=INIT, name=name)(h).reshape(batch, n, self.heads, width // self.heads)
             for name in ("q", "k", "v")
         )
+        q, k = self.qk_norm(dtype=self.dtype, name="q_norm")(q), self.qk_norm(dtype=self.dtype, name="k_norm")(k)
+        q, k = self.rotate(name="q_rotate")(q, self.grid), self.rotate(name="k_rotate")(k, self.grid)
         h = jax.nn.dot_product_attention(q, k, v).reshape(batch, n, width)
         return nn.Dense(width, dtype=self.dtype, kernel_init=INIT, name="out")(h)
 
@@ -55,8 +138,14 @@ class DiT(nn.Module):
     H and W are divisible by `patch`. With `classes` > 0 the condition is {"label": int [] or [B]}, -1 being the null label (and
     what a missing condition means). The blocks are one under `nn.scan`, compiled once whatever the depth: their parameters have a
     first axis of `depth`. `remat` keeps no activations inside them. `mlp_epsilon` is of the norm before an MLP alone: diffusers has
-    its own. Raises ValueError where a size does not divide. Source: Peebles and Xie 2023, section 3.2 and table 1: S, B, L and XL
-    have width 384, 768, 1024 and 1152, depth 12, 12, 24 and 28, and 6, 12, 16 and 16 heads.
+    its own. `places`, `qk_norm` and `rotate` are parts. Raises ValueError where a size does not divide. Source: Peebles and Xie
+    2023, section 3.2 and table 1, at patches of 2, 4 and 8:
+
+        size   width   depth   heads
+        S        384      12       6
+        B        768      12      12
+        L       1024      24      16
+        XL      1152      28      16
     """
 
     patch: int = 2
@@ -68,6 +157,9 @@ class DiT(nn.Module):
     remat: bool = False
     mlp_epsilon: float = 1e-6
     time: Part = Sinusoidal
+    places: Part = SinCosPlaces
+    qk_norm: Part = NoNorm
+    rotate: Part = NoRotation
     out_channels: int | None = None
 
     @nn.compact
@@ -78,8 +170,8 @@ class DiT(nn.Module):
         embedding = self.hear(jnp.broadcast_to(logsnr.reshape(-1), x.shape[:1]), cond)
         h = conv(self.width, self.patch, 2, self.dtype, stride=self.patch, padding="VALID", name="patches")(x.astype(self.dtype))
         rows, columns = h.shape[1:3]
-        h = h.reshape(batch, -1, self.width) + jnp.asarray(places(rows, columns, self.width), self.dtype)[None]
-        h = self.through(h, embedding)
+        h = self.places(dtype=self.dtype, name="places")(h.reshape(batch, -1, self.width), (rows, columns))
+        h = self.through(h, embedding, (rows, columns))
         shift, scale = modulation(2, self.width, self.dtype)(embedding)
         h = layer_norm(self.dtype)(h) * (1 + scale) + shift
         out = self.out_channels or channels
@@ -97,11 +189,13 @@ class DiT(nn.Module):
         label = jnp.broadcast_to(cond.get("label", -1) if isinstance(cond, Mapping) else -1, logsnr.shape)
         return h + nn.Embed(self.classes + 1, self.width, embedding_init=SMALL, name="label")(label + 1)
 
-    def through(self, h: Array, embedding: Array) -> Array:
+    def through(self, h: Array, embedding: Array, grid: tuple[int, int]) -> Array:
         # Under a scan nothing can be moved between the two computations of a block, which prevent_cse would guard against.
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
         along: dict[str, Any] = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "in_axes": nn.broadcast}
-        return nn.scan(block, length=self.depth, **along)(self.heads, self.dtype, self.mlp_epsilon, name="blocks")(h, embedding)[0]
+        stack = nn.scan(block, length=self.depth, **along)
+        blocks = stack(self.heads, self.dtype, self.mlp_epsilon, self.qk_norm, self.rotate, grid, name="blocks")
+        return blocks(h, embedding)[0]
 
 
 def layer_norm(dtype: Dtype, epsilon: float = 1e-6) -> nn.LayerNorm:
@@ -124,3 +218,15 @@ def places(rows: int, columns: int, width: int) -> np.ndarray:
     row, column = np.mgrid[:rows, :columns].reshape(2, -1, 1)
     angles = column * frequencies, row * frequencies
     return np.concatenate([f(angle) for angle in angles for f in (np.sin, np.cos)], axis=-1).astype(np.float32)
+
+
+def turns(rows: int, columns: int, channels: int, base: float) -> np.ndarray:
+    """By how much `Rotary` turns each pair of a head's channels at each place: float64 [rows * columns, channels / 2].
+
+    Raises ValueError where the channels of a head are no multiple of 4.
+    """
+    if channels % 4:
+        raise ValueError(f"rotary places need heads of a multiple of 4 channels, got {channels}")
+    frequencies = base ** (-np.arange(channels // 4) / (channels // 4))
+    row, column = np.mgrid[:rows, :columns].reshape(2, -1, 1)
+    return np.concatenate([row * frequencies, column * frequencies], axis=-1)
