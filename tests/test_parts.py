@@ -258,6 +258,7 @@ def test_parts_are_named_in_configs_and_may_hold_numbers():
     assert set(models.__all__) == {*models.NETWORKS, *(part.__name__ for row in models.PARTS.values() for part in row)}
     for role, row in models.PARTS.items():
         whose = {"name": "Classifier", "classes": 2} if role == "pool" else {}
+        whose |= {"attend": "SpatialTransformer", "classes": 2} if role == "context" else {}
         for part in row:
             assert getattr(built(**whose, **{role: part.__name__}), role) is part
             assert getattr(built(**whose, **{role: f"{part.__name__}()"}), role) is part

@@ -7,6 +7,7 @@ from jaxdiff.errors import InputError
 from jaxdiff.models.autoencoder import Autoencoder, AutoencoderKL, AutoencoderVQ
 from jaxdiff.models.classifier import Classifier
 from jaxdiff.models.dit import DiT, Rotary
+from jaxdiff.models.parts import SpatialTransformer
 from jaxdiff.models.unet import UNet
 from jaxdiff.names import whole
 
@@ -36,6 +37,7 @@ def check(model: Any) -> None:
         _check_autoencoder(model)
     else:
         _check_heads(model)
+        _check_sequence(model)
 
 
 def divisor(model: Any) -> tuple[int, str]:
@@ -66,6 +68,32 @@ def _check_heads(model: UNet | Classifier) -> None:
     if common % model.heads:
         divisors = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
         raise InputError(f"model.heads={model.heads} does not divide the channels where attention is; allowed: {divisors}")
+
+
+def _check_sequence(model: UNet | Classifier) -> None:
+    """Raises InputError where a sequence is said that nothing hears, or numbers of what says or hears it cannot be."""
+    attends = {role: part for role in ("attend", "middle_attend") if (part := getattr(model, role)) is not None}
+    for role, part in attends.items():
+        if not whole(_numbers(part).get("depth", 1), 1):
+            raise InputError(f"model.{role}: depth={_numbers(part)['depth']!r} is out of range; it is a whole number, at least 1")
+    context = getattr(model, "context", None)
+    if context is None:
+        return
+    name = f"model.context={_kind(context).__name__!r}"
+    if not whole(_numbers(context).get("width", 1), 1):
+        raise InputError(f"{name}: width={_numbers(context)['width']!r} is out of range; it is a whole number, at least 1")
+    if not any(_kind(part) is SpatialTransformer for part in attends.values()):
+        raise InputError(f"{name} is heard by no attention; set model.attend to SpatialTransformer, or leave it out")
+    if _kind(context).says_label and not model.classes:
+        raise InputError(f"{name} says a label, and model.classes=0 knows none; set model.classes, or leave it out")
+
+
+def _kind(part: Any) -> Any:
+    return getattr(part, "func", part)
+
+
+def _numbers(part: Any) -> dict[str, Any]:
+    return getattr(part, "keywords", {})
 
 
 def _check_transformer(model: DiT) -> None:

@@ -6,7 +6,8 @@ A part is a module that the skeleton (`unet.UNet`, `classifier.Classifier`) call
     embed(channels, classes, augment, time)(logsnr [B], cond) -> [B, 4 channels]     all that is not the image, as one vector
     enter(channels, dtype)(x, logsnr) -> h                                   the image, as features
     block, down, up(channels, dropout, dtype)(h, embedding, train) -> h      at the same, half or twice the size
-    attend, middle_attend(heads, dtype)(h) -> h                              the second in the middle alone
+    context(classes)(cond, batch) -> (tokens [B, N, D], mask [B, N])         what of a condition is a sequence
+    attend, middle_attend(heads, dtype)(h, context) -> h                     the second in the middle alone; context may be None
     leave(out_channels, dtype)(h, x) -> y                                    the output, float32
     pool(classes, heads, dtype)(h) -> logits [B, classes]                    a classifier's, float32
 
@@ -27,6 +28,8 @@ from jaxdiff import schedules
 
 Array = jax.Array
 Dtype = Any
+# A sequence: tokens [B, N, D] and which of them are there, bool [B, N].
+Context = tuple[Array, Array]
 
 # The logsnr of a 1000-step linear table spans 20; 50 a unit gives the frequencies DDPM has for its 1000 integer times.
 TIME_PER_LOGSNR = 50.0
@@ -434,7 +437,7 @@ class Up(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all positions, with norm before and a residual around. Source: DDPM appendix B.
+    """Self-attention over all positions, with norm before and a residual around; deaf to a context. Source: DDPM appendix B.
 
     `width` above 0 is the channels of a head, whatever `heads` says (Dhariwal and Nichol 2021, section 3).
     """
@@ -447,7 +450,7 @@ class Attention(nn.Module):
     groups: int = 0
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, context: Context | None = None) -> Array:
         batch, channels = x.shape[0], x.shape[-1]
         heads = channels // self.width if self.width else self.heads
         h = self.before(x).reshape(batch, -1, channels)
@@ -475,7 +478,7 @@ class NoAttention(nn.Module):
     heads: int = 1
     dtype: Dtype = jnp.float32
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, context: Context | None = None) -> Array:
         return x
 
 
@@ -483,6 +486,123 @@ class DDPMppAttention(Attention):
     """Attention whose sum is scaled by sqrt(1/2). Source: Song et al. 2021, appendix H."""
 
     scale: float = math.sqrt(0.5)
+
+
+class SpatialTransformer(nn.Module):
+    """norm, a linear map, `depth` transformer blocks over all positions, a linear map that is zero at first, a residual around.
+
+    Each block looks at the image, then at the context: so a sequence enters. Without one it looks at the image twice, as the
+    authors' code does. `width` above 0 is the channels of a head, whatever `heads` says. Source: Rombach et al. 2022, appendix
+    E.2.1 and table 16, the feed-forward last as in their code.
+    """
+
+    heads: int = 1
+    dtype: Dtype = jnp.float32
+    epsilon: float = 1e-6
+    width: int = 0
+    groups: int = 0
+    depth: int = 1
+
+    @nn.compact
+    def __call__(self, x: Array, context: Context | None = None) -> Array:
+        batch, channels = x.shape[0], x.shape[-1]
+        heads = channels // self.width if self.width else self.heads
+        h = norm(channels, self.dtype, "norm", self.epsilon, self.groups)(x).reshape(batch, -1, channels)
+        h = nn.Dense(channels, dtype=self.dtype, kernel_init=INIT, name="enter")(h)
+        for i in range(self.depth):
+            h = TransformerBlock(heads, self.dtype, name=f"block{i}")(h, context)
+        return x + nn.Dense(channels, dtype=self.dtype, kernel_init=ZERO, name="leave")(h).reshape(x.shape)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention and a gated feed-forward, each after a layer norm, a residual around: h [B, N, C] -> same.
+
+    The feed-forward is GEGLU, four times as wide. Sources: Rombach et al. 2022, appendix E.2.1; Shazeer 2020, eq. 6 (GEGLU).
+    """
+
+    heads: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, h: Array, context: Context | None) -> Array:
+        width = h.shape[-1]
+        h = h + CrossAttention(self.heads, self.dtype, name="self_attention")(self.norm("norm1")(h), None)
+        h = h + CrossAttention(self.heads, self.dtype, name="cross_attention")(self.norm("norm2")(h), context)
+        both = nn.Dense(8 * width, dtype=self.dtype, kernel_init=INIT, name="mlp1")(self.norm("norm3")(h))
+        value, gate = jnp.split(both, 2, axis=-1)
+        return h + nn.Dense(width, dtype=self.dtype, kernel_init=INIT, name="mlp2")(value * nn.gelu(gate, approximate=False))
+
+    def norm(self, name: str) -> nn.LayerNorm:
+        return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)
+
+
+class CrossAttention(nn.Module):
+    """Attention of h [B, M, C] to a context, or to itself where that is None -> [B, M, C]; only what goes out has a bias.
+
+    A token that is not there is taken as zeros, whatever stands in its place. Where none is there attention is even, and as keys
+    and values have no bias what it finds is zero: the bias alone goes out, and no NaN.
+    """
+
+    heads: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, h: Array, context: Context | None) -> Array:
+        tokens, there = (h, None) if context is None else context
+        if there is not None:
+            tokens, there = jnp.where(there[:, :, None], tokens, 0), there[:, None, None, :]
+        batch, width = h.shape[0], h.shape[-1]
+        q, k, v = (
+            nn.Dense(width, use_bias=False, dtype=self.dtype, kernel_init=INIT, name=name)(of).reshape(
+                batch, -1, self.heads, width // self.heads
+            )
+            for name, of in (("q", h), ("k", tokens), ("v", tokens))
+        )
+        found = jax.nn.dot_product_attention(q, k, v, mask=there).reshape(h.shape)
+        return nn.Dense(h.shape[-1], dtype=self.dtype, kernel_init=INIT, name="out")(found)
+
+
+class LabelTokens(nn.Module):
+    """The label as a sequence of one learned token: (cond, batch) -> (float32 [B, 1, width], all there).
+
+    Row 0 of the table is the null label, -1, which a missing one means. What says the label here need not be said again: the
+    network's `embed` is told of no classes. Source: Rombach et al. 2022, appendix E.2.1; drawn from N(0, 1) at first as there.
+    """
+
+    classes: int
+    width: int = 512
+    says_label = True
+
+    @nn.compact
+    def __call__(self, cond: Any, batch: int) -> Context:
+        label = jnp.broadcast_to(cond.get("label", -1) if isinstance(cond, Mapping) else -1, (batch,))
+        table = nn.Embed(self.classes + 1, self.width, embedding_init=nn.initializers.normal(1.0), name="label")
+        return table(label[:, None] + 1), jnp.ones((batch, 1), bool)
+
+
+class Tokens(nn.Module):
+    """A sequence that the condition brings, of a text say: (cond, batch) -> (tokens [B, N, width], mask bool [B, N]).
+
+    cond["tokens"] is [B, N, width], or [N, width] for all samples; cond["mask"], [B, N] or [N], says which of them are there, and a
+    missing one that all are. Without tokens none is there: so is the null condition, of a whole batch or, by a row of the mask, of
+    one sample. Raises ValueError for tokens of another width.
+    """
+
+    classes: int
+    width: int = 768
+    says_label = False
+
+    @nn.compact
+    def __call__(self, cond: Any, batch: int) -> Context:
+        cond = cond if isinstance(cond, Mapping) else {}
+        if (tokens := cond.get("tokens")) is None:
+            return jnp.zeros((batch, 1, self.width)), jnp.zeros((batch, 1), bool)
+        if tokens.shape[-1] != self.width:
+            raise ValueError(f"the network hears tokens of width {self.width}, got {tuple(tokens.shape)}")
+        mask = cond.get("mask")
+        there = jnp.asarray(True if mask is None else mask, bool)
+        shape = (batch, *tokens.shape[-2:])
+        return jnp.broadcast_to(tokens, shape), jnp.broadcast_to(there, shape[:2])
 
 
 class AttentionPool(nn.Module):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxdiff.models.parts import (
     TIME_PER_LOGSNR,
     Attention,
+    Context,
     Down,
     Embed,
     Enter,
@@ -63,7 +64,7 @@ class Trunk(nn.Module):
         embed = self.inline(self.embed(self.channels, classes, augment, self.time))
         return embed(jnp.broadcast_to(logsnr.reshape(-1), x.shape[:1]), cond)
 
-    def descend(self, x: Array, logsnr: Array, embedding: Array, train: bool) -> list[Array]:
+    def descend(self, x: Array, logsnr: Array, embedding: Array, train: bool, context: Context | None = None) -> list[Array]:
         """What each step of the way down gives, the coarsest last. Raises ValueError where a size does not divide."""
         last = len(self.multipliers) - 1
         if any(n % 2**last for n in x.shape[1:-1]):
@@ -73,17 +74,17 @@ class Trunk(nn.Module):
         for level in range(last + 1):
             for i in range(self.blocks):
                 h = self.call(self.block, level, f"down{level}_{i}_block", h, embedding, train)
-                h = self.look(f"down{level}_{i}", h) if level in self.attention else h
+                h = self.look(f"down{level}_{i}", h, context=context) if level in self.attention else h
                 steps.append(h)
             if level < last:
                 h = self.call(self.down, level, f"down{level}", h, embedding, train)
                 steps.append(h)
         return steps
 
-    def middle(self, h: Array, embedding: Array, train: bool) -> Array:
+    def middle(self, h: Array, embedding: Array, train: bool, context: Context | None = None) -> Array:
         last = len(self.multipliers) - 1
         h = self.call(self.block, last, "middle_block1", h, embedding, train)
-        h = self.look("middle", h, self.middle_attend)
+        h = self.look("middle", h, self.middle_attend, context)
         return self.call(self.block, last, "middle_block2", h, embedding, train)
 
     def call(self, part: Part, level: int, name: str, h: Array, embedding: Array, train: bool) -> Array:
@@ -92,11 +93,11 @@ class Trunk(nn.Module):
         part = _remat(part, 3) if self.remat else part  # argument 3, counted with self, is `train`: a Python bool
         return part(channels, self.dropout, self.dtype, name=name)(h, embedding, train)
 
-    def look(self, name: str, h: Array, attend: Part | None = None) -> Array:
+    def look(self, name: str, h: Array, attend: Part | None = None, context: Context | None = None) -> Array:
         """Attention after the block of that name."""
         attend = attend or self.attend
         attend = _remat(attend) if self.remat else attend
-        return attend(self.heads, self.dtype, name=f"{name}_attention")(h)
+        return attend(self.heads, self.dtype, name=f"{name}_attention")(h, context)
 
     def inline(self, part: nn.Module) -> Any:
         """The part, its parameters named as if they were the network's own."""
@@ -110,30 +111,40 @@ class UNet(Trunk):
     `space` has any number of axes, each divisible by 2^(levels - 1). On the way up attention follows every block of the levels in
     `attention`, where `attend_each` is False only the last. With `classes` > 0 the condition is {"label": int [] or [B]}, -1 being
     the null label (and what a missing condition means); with `augment` > 0 it may have "augment": float [B, augment], zeros where
-    it is missing. `train` turns on dropout. Raises ValueError where a size does not divide. Source: DDPM appendix B; its CIFAR-10
-    form is the default (35,746,307).
+    it is missing; what of it is a sequence the part `context` says, and an `attend` such as SpatialTransformer hears. `train` turns
+    on dropout. Raises ValueError where a size does not divide. Source: DDPM appendix B; its CIFAR-10 form is the default
+    (35,746,307).
     """
 
     attend_each: bool = True
     augment: int = 0
     out_channels: int | None = None
+    context: Part | None = None
     up: Part = Up
     leave: Part = Leave
 
     @nn.compact
     def __call__(self, x: Array, logsnr: Array, cond: Any = None, train: bool = False) -> Array:
-        embedding = self.hear(x, logsnr, cond, self.classes, self.augment)
-        skips = self.descend(x, logsnr, embedding, train)
-        h = self.middle(skips[-1], embedding, train)
+        context, classes = self.sequence(cond, x.shape[0])
+        embedding = self.hear(x, logsnr, cond, classes, self.augment)
+        skips = self.descend(x, logsnr, embedding, train, context)
+        h = self.middle(skips[-1], embedding, train, context)
         for level in reversed(range(len(self.multipliers))):
             for i in range(self.blocks + 1):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
                 h = self.call(self.block, level, f"up{level}_{i}_block", h, embedding, train)
                 if level in self.attention and (self.attend_each or i == self.blocks):
-                    h = self.look(f"up{level}_{i}", h)
+                    h = self.look(f"up{level}_{i}", h, context=context)
             if level > 0:
                 h = self.call(self.up, level, f"up{level}", h, embedding, train)
         return self.inline(self.leave(self.out_channels or x.shape[-1], self.dtype))(h, x)
+
+    def sequence(self, cond: Any, batch: int) -> tuple[Context | None, int]:
+        """What of the condition is a sequence, and how many classes are left for the embedding to hear."""
+        if self.context is None:
+            return None, self.classes
+        part = self.inline(self.context(self.classes))
+        return part(cond, batch), 0 if part.says_label else self.classes
 
 
 def _remat(part: Part, *static: int) -> Part:
