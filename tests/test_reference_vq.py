@@ -42,12 +42,16 @@ def random(model, seed=0):
     return model.eval()
 
 
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory):
+def written(place, **changes):
     """(their model, the folder it wrote)."""
-    model, place = random(diffusers.VQModel(**VQ)), tmp_path_factory.mktemp("theirs")
+    model = random(diffusers.VQModel(**VQ | changes))
     model.save_pretrained(place)
     return model, place
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    return written(tmp_path_factory.mktemp("theirs"))
 
 
 def image(*shape, seed=0):
@@ -93,6 +97,29 @@ def test_vq_model_is_theirs(theirs):
 
 
 @pytest.mark.slow
+def test_attention_at_levels_is_theirs(tmp_path):
+    """As in VQ-Diffusion's; without attention in the middle, and read from integers or vectors, as in aMUSEd's."""
+    attends = {
+        "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        "up_block_types": ("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+        "block_out_channels": (32, 96),
+        "vq_embed_dim": None,
+    }
+    other, place = written(tmp_path, **attends, mid_block_add_attention=False, layers_per_block=1, lookup_from_codebook=True)
+    config, params = autoencoder.of_diffusers(*folder.read(place))
+    model, x = models.build(config.model), image(2, 8, 12, 3)
+    assert model.attention == (1,) and model.code_channels == 6
+    with torch.no_grad():
+        want = other(first(x)).sample
+    close(jax.jit(model.apply)(params, x), last(want))
+    made, back = autoencoder.to_diffusers(config, params)
+    assert all(np.array_equal(back[name], a) for name, a in folder.read(place)[1].items())
+    assert (made["down_block_types"], made["up_block_types"]) == tuple(
+        list(attends[f"{way}_block_types"]) for way in ("down", "up")
+    )
+
+
+@pytest.mark.slow
 def test_vq_models_loss_is_theirs(theirs):
     """Their quantiser's loss, whose weight of the commitment they put, for old files' sake, at the other term."""
     codes, z = image(50, 4), image(3, 5, 6, 4, seed=1)
@@ -117,14 +144,14 @@ def test_vq_models_loss_is_theirs(theirs):
 @pytest.mark.slow
 def test_vq_model_out_and_in_again_is_exact(theirs, tmp_path):
     other, place = theirs
-    written, state = folder.read(place)
-    config, params = autoencoder.of_diffusers(written, state)
+    said, state = folder.read(place)
+    config, params = autoencoder.of_diffusers(said, state)
     made, back = autoencoder.to_diffusers(config, params)
     assert back.keys() == state.keys() and all(np.array_equal(back[name], a) for name, a in state.items())
     folder.write(tmp_path / "ours", made, back)
     again = diffusers.VQModel.from_pretrained(tmp_path / "ours")
     assert all(torch.equal(a, again.state_dict()[name]) for name, a in other.state_dict().items())
-    assert {key: written[key] for key in made} == made
+    assert {key: said[key] for key in made} == made
     config_again, params_again = autoencoder.of_diffusers(*folder.read(tmp_path / "ours"))
     assert config_again.to_dict() == config.to_dict()
     jax.tree.map(np.testing.assert_array_equal, params, params_again)
@@ -177,15 +204,14 @@ def test_the_file_of_latent_diffusion(theirs, tmp_path):
 @pytest.mark.slow
 def test_what_is_not_read_is_refused_in_one_line(theirs, tmp_path):
     _, place = theirs
-    written, state = folder.read(place)
+    said, state = folder.read(place)
 
     def refused(text, tensors=state, **changes):
         with pytest.raises(jd.InputError, match=text) as caught:
-            autoencoder.of_diffusers(json.loads(json.dumps(written | changes)), tensors)
+            autoencoder.of_diffusers(json.loads(json.dumps(said | changes)), tensors)
         assert "\n" not in str(caught.value)
 
     refused("norm_type='spatial' is not read; allowed: group", norm_type="spatial")
-    refused("lookup_from_codebook=True is not read", lookup_from_codebook=True)
     refused("num_vq_embeddings='many' is out of range; it is a whole number", num_vq_embeddings="many")
     refused("VQModel with down_block_types=", down_block_types=["AttnDownEncoderBlock2D"] * 3)
     refused(r"quantize.embedding.weight has shape .50, 4., this architecture's has .60, 4.", num_vq_embeddings=60)

@@ -6,7 +6,7 @@ They differ in the codebook, in the channels that the encoder gives, and in what
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
         "use_quant_conv": (True,),
         "use_post_quant_conv": (True,),
     },
-    "VQModel": {"act_fn": ("silu",), "norm_type": ("group",), "lookup_from_codebook": (False,)},
+    "VQModel": {"act_fn": ("silu",), "norm_type": ("group",)},
 }
 # Which values the others may have.
 KINDS: dict[str, folder.Kind] = {
@@ -62,7 +62,17 @@ KINDS: dict[str, folder.Kind] = {
     "num_vq_embeddings": folder.COUNT,
     "vq_embed_dim": folder.or_null(folder.COUNT),
 }
-BLOCKS = {"down": "DownEncoderBlock2D", "up": "UpDecoderBlock2D"}
+
+
+class Block(NamedTuple):
+    """diffusers' names of a level on the way down and on the way up."""
+
+    down: str
+    up: str
+
+
+# Without attention, and with one after each block.
+BLOCKS = (Block("DownEncoderBlock2D", "UpDecoderBlock2D"), Block("AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D"))
 ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
 COMPVIS_ATTENTION = {name: name for name in ("norm", "q", "k", "v")} | {"out": "proj_out"}
 
@@ -94,14 +104,9 @@ def of_diffusers(theirs: Mapping[str, Any], state: Mapping[str, np.ndarray], siz
 
 
 def to_diffusers(config: ConfigDict, params: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """(config.json, tensors) for diffusers' AutoencoderKL or VQModel.
-
-    Raises InputError for attention elsewhere than in the middle, and for a scale that is not known yet.
-    """
+    """(config.json, tensors) for diffusers' AutoencoderKL or VQModel. Raises InputError for a scale that is not known yet."""
     model: Any = models.build(config.model)
     kind = next(theirs for theirs, ours in CLASSES.items() if ours == config.model.name)
-    if model.attention:
-        raise InputError(f"model.attention={config.model.attention} has no place in diffusers' {kind}; allowed: ()")
     if model.scale is None:
         raise InputError(f"model.scale=None is measured with latents, and diffusers' {kind} needs its scaling_factor; set a number")
     channels = [model.channels * m for m in model.multipliers]
@@ -109,8 +114,8 @@ def to_diffusers(config: ConfigDict, params: Any) -> tuple[dict[str, Any], dict[
         "_class_name": kind,
         "in_channels": config.data.shape[-1],
         "out_channels": config.data.shape[-1],
-        "down_block_types": ["DownEncoderBlock2D"] * len(channels),
-        "up_block_types": ["UpDecoderBlock2D"] * len(channels),
+        "down_block_types": [BLOCKS[level in model.attention].down for level in range(len(channels))],
+        "up_block_types": [BLOCKS[level in model.attention].up for level in reversed(range(len(channels)))],
         "block_out_channels": channels,
         "layers_per_block": model.blocks,
         "act_fn": "silu",
@@ -142,6 +147,8 @@ def rows(shapes: Any) -> list[Row]:
     """Our tensors by diffusers' names; its levels of the decoder count from the coarsest."""
     last = max(int(name[2:]) for name in ("up0", *(n for n in shapes["params"]["decoder"] if re.fullmatch(r"up\d+", n))))
     rules: Rules = [
+        (r"down(\d+)_(\d+)_attention/(\w+)", lambda m: f"down_blocks.{m[1]}.attentions.{m[2]}/{ATTENTION[m[3]]}"),
+        (r"up(\d+)_(\d+)_attention/(\w+)", lambda m: f"up_blocks.{last - int(m[1])}.attentions.{m[2]}/{ATTENTION[m[3]]}"),
         (r"down(\d+)_(\d+)_block", r"down_blocks.\1.resnets.\2"),
         (r"down(\d+)/", r"down_blocks.\1.downsamplers.0/"),
         (r"up(\d+)_(\d+)_block", lambda m: f"up_blocks.{last - int(m[1])}.resnets.{m[2]}"),
@@ -217,10 +224,7 @@ def _config_of_diffusers(theirs: Mapping[str, Any], size: int | None) -> ConfigD
     folder.only("config.json", theirs, FIXED[kind])
     folder.check("config.json", theirs, KINDS)
     channels = list(theirs.get("block_out_channels", (64,)))
-    for way, block in BLOCKS.items():
-        given = list(theirs.get(f"{way}_block_types", [block]))
-        if given != [block] * len(channels):
-            raise InputError(f"{kind} with {way}_block_types={given} is not read; allowed: {block}, one a level")
+    attention = _attention_of_diffusers(kind, theirs, len(channels))
     image = theirs.get("in_channels", 3)
     if theirs.get("out_channels", 3) != image:
         raise InputError(f"{kind} with in_channels={image} and another number of out_channels is not read")
@@ -235,13 +239,27 @@ def _config_of_diffusers(theirs: Mapping[str, Any], size: int | None) -> ConfigD
         channels=channels[0],
         multipliers=tuple(c // channels[0] for c in channels),
         blocks=theirs.get("layers_per_block", 1),
-        attention=(),
+        attention=attention,
         **_middle(theirs.get("mid_block_add_attention", True)),
         latent_channels=latents,
         **(quantised if kind == "VQModel" else {}),
         groups=theirs.get("norm_num_groups", 32),
         scale=theirs.get("scaling_factor", SCALE),
     )
+
+
+def _attention_of_diffusers(kind: str, theirs: Mapping[str, Any], levels: int) -> tuple[int, ...]:
+    """The levels whose blocks are followed by attention. Raises InputError where the way up has it at others than the way down."""
+    plain, attends = BLOCKS
+    down, up = list(theirs.get("down_block_types", [plain.down])), list(theirs.get("up_block_types", [plain.up]))
+    found = tuple(level for level, name in enumerate(down) if name == attends.down)
+    wanted = [BLOCKS[level in found] for level in range(levels)]
+    if (down, up) != ([block.down for block in wanted], [block.up for block in reversed(wanted)]):
+        raise InputError(
+            f"{kind} with down_block_types={down}, up_block_types={up} is not read; allowed: one of {plain.down}, {attends.down} "
+            f"a level, and of {plain.up}, {attends.up} at the same levels"
+        )
+    return found
 
 
 def _config_of_compvis(state: Mapping[str, np.ndarray], size: int, scale: float | None) -> ConfigDict:
