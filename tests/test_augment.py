@@ -30,6 +30,15 @@ def test_crops_are_windows_of_the_reflected_image_and_every_window_comes():
             augment.crop(wrong)
 
 
+def test_either_flip_takes_of_two_sides_what_random_flip_makes():
+    x, key = images(64), jax.random.key(3)
+    both = jnp.stack([x, x[:, :, ::-1]], axis=1)
+    got = augment.either_flip(key, both)
+    np.testing.assert_array_equal(got, augment.random_flip(key, x))
+    assert 16 < (got != x).any((1, 2, 3)).sum() < 48
+    np.testing.assert_array_equal(augment.either_flip(key, both[:, :1]), x)
+
+
 @functools.cache
 def augmented(probability):
     return jax.jit(edm(probability=probability))

@@ -4,9 +4,10 @@ import os
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
-from jaxdiff.data import load
+from jaxdiff.data import load, of_config
 from jaxdiff.data.images import fit
 from jaxdiff.errors import InputError
 
@@ -156,3 +157,36 @@ def test_an_unreadable_image_is_named(folder, read, damage):
         bad.write_bytes({"empty": b"", "text": b"hello", "cut": whole[:900], "header": whole[:20]}[damage])
     check(read, r"b\.png is not a readable image")
     assert not list(folder.parent.glob("cache/*.partial"))
+
+
+def test_a_border_is_black_and_lies_around_what_was_fitted(folder, tmp_path):
+    image = np.random.default_rng(0).integers(1, 256, (6, 4, 3))
+    save(folder / "a.png", image)
+    plain_data, padded, scaled = (
+        load("folder", "train", folder, tmp_path / "cache", size, pad) for size, pad in ((None, 0), (None, 2), (8, 1))
+    )
+    assert padded.images.shape == (1, 10, 8, 3) and isinstance(padded.images, np.memmap)
+    np.testing.assert_array_equal(padded.images[0, 2:-2, 2:-2], plain_data.images[0])
+    assert padded.images.sum() == plain_data.images.sum()  # all else is black
+    assert scaled.images.shape == (1, 10, 10, 3)
+    np.testing.assert_array_equal(scaled.images[0, 1:-1, 1:-1], load("folder", "train", folder, tmp_path / "cache", 8).images[0])
+    digits = load("digits", pad=3)
+    assert digits.images.shape == (1498, 14, 14, 1)
+    np.testing.assert_array_equal(np.pad(load("digits").images, ((0, 0), (3, 3), (3, 3), (0, 0))), digits.images)
+    for wrong in (-1, 1.5, True, "2"):
+        with pytest.raises(InputError, match="is not a number of pixels: it is whole, and at least 0"):
+            load("digits", pad=wrong)
+
+
+def test_the_datas_config_names_everything_that_load_takes(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    save(folder / "train" / "a.png", plain(7))
+    save(folder / "other" / "a.png", plain(9, 6, 6))
+    config = ConfigDict({"data_dir": str(folder / "train"), "data": {"name": "folder", "split": "train", "size": 8, "pad": 1}})
+    assert of_config(config).images.shape == (1, 10, 10, 3)
+    del config.data.pad
+    config.data.size = 0
+    assert of_config(config).images.shape == (1, 4, 4, 3)
+    assert of_config(config, data_dir=folder / "other").images.shape == (1, 6, 6, 3)
+    config.data.name = "digits"
+    assert len(of_config(config, "test").images) == 299

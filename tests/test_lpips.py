@@ -61,6 +61,7 @@ def test_the_distance_is_that_by_hand():
     )
 
 
+@pytest.mark.slow
 def test_the_gradient_is_finite_where_nothing_is_seen():
     x, y = np.full((1, 16, 16, 1), -1, np.float32), images(1, 16, 16, 1)  # no channel of x passes the first rectifier
     gradient = jax.jit(jax.grad(lambda x, y, params: lpips.lpips(params, x, y).sum()))(x, y, passing())

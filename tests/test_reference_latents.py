@@ -252,9 +252,7 @@ def test_the_compvis_file_of_an_autoencoder(tmp_path):
     again, params_again = autoencoder.of_compvis(files.read(tmp_path / "v1.ckpt"), 32, scale=0.31)
     assert again.to_dict() == config.to_dict()
     jax.tree.map(np.testing.assert_array_equal, params, params_again)
-    with pytest.raises(
-        jd.InputError, match=r"encoder\.down\.0\.block\.0\.conv1\.weight is missing: the file holds no KL autoencoder"
-    ):
+    with pytest.raises(jd.InputError, match=r"encoder\.down\.0\.block\.0\.conv1\.weight is missing: the file holds no autoencoder"):
         autoencoder.of_compvis({"conv_in.weight": np.zeros(3)})
 
 

@@ -12,7 +12,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from jaxdiff import cli
+from jaxdiff import cli, models
 from jaxdiff import run as runs
 from jaxdiff.errors import InputError
 from jaxdiff.interop import openai, source, unet2d, workdir
@@ -72,7 +72,7 @@ def use(config: ConfigDict, place: str) -> str:
     """What can be done with an imported workdir."""
     if config.model.name == "Classifier":
         return f"guide by it with: python sample.py --workdir=DIR --classifier={shlex.quote(place)}"
-    if config.model.name == "AutoencoderKL":
+    if config.model.name in models.AUTOENCODERS:
         return f'in Python: jaxdiff.load_codec({place!r}); a config names it with data.codec="autoencoder({place!r})"'
     return f"draw from it with: python sample.py --workdir={shlex.quote(place)}" + (" --label=0" if config.model.classes else "")
 

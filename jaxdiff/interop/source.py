@@ -9,8 +9,8 @@ from jaxdiff.interop import autoencoder, dit, files, folder, openai, score_sde, 
 from jaxdiff.interop.workdir import Imported
 
 ALLOWED = (
-    "a folder that diffusers wrote (UNet2DModel, AutoencoderKL, DiTTransformer2DModel; a DDPM, DDIM, PNDM or DiT pipeline), or a "
-    "file of improved-diffusion, guided-diffusion, score_sde (VP, sub-VP), DiT or a CompVis autoencoder"
+    "a folder that diffusers wrote (UNet2DModel, AutoencoderKL, VQModel, DiTTransformer2DModel; a DDPM, DDIM, PNDM or DiT "
+    "pipeline), or a file of improved-diffusion, guided-diffusion, score_sde (VP, sub-VP), DiT or a CompVis autoencoder"
 )
 
 
@@ -30,7 +30,7 @@ SCORE_SDE = Family(score_sde.read, ("sde", "image_size"))
 # By the class that a folder's json names.
 FOLDERS = {name: UNETS for name in ("UNet2DModel", "DDPMPipeline", "DDIMPipeline", "PNDMPipeline")}
 FOLDERS |= {name: TRANSFORMERS for name in ("DiTTransformer2DModel", "Transformer2DModel", "DiTPipeline")}
-FOLDERS |= {"AutoencoderKL": AUTOENCODERS}
+FOLDERS |= dict.fromkeys(autoencoder.CLASSES, AUTOENCODERS)
 
 
 def read(source: str | Path, **flags: Any) -> Imported:
