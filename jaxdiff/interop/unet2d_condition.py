@@ -99,14 +99,16 @@ def read(source: str | Path) -> Imported:
     factor = FACTOR if first is None else 2 ** (len(first.config.model.multipliers) - 1)
     theirs, state = folder.read(place)
     config = config_of(theirs, folder.read_json(_table(source)), factor)
-    notes = ("it hears the tokens of a text, cond['tokens'], which sample.py does not make: the text's network is not read",)
-    family, weights = "diffusers' UNet2DConditionModel", (folder.weights(place),)
+    params, weights = params_of(config, state), (folder.weights(place),)
+    inside = f"WORKDIR/{workdir.FIRST_STAGE}"
+    notes = (
+        "it hears the tokens of a text, cond['tokens'], which sample.py does not make: the text's network is not read",
+        f"it has no autoencoder: put one into {inside}, with python -m jaxdiff.interop VAE {inside}",
+    )
+    family = "diffusers' UNet2DConditionModel"
     if first is None:
-        inside = f"WORKDIR/{workdir.FIRST_STAGE}"
-        notes += (f"it has no autoencoder: put one into {inside}, with python -m jaxdiff.interop VAE {inside}",)
-        return Imported(family, config, params_of(config, state), weights, notes)
-    stage = (first.config, first.params)
-    return Imported(family, config, params_of(config, state), (*weights, *first.weights), notes, stage)
+        return Imported(family, config, params, weights, notes)
+    return Imported(family, config, params, (*weights, *first.weights), notes[:1], (first.config, first.params))
 
 
 def _table(source: Path) -> Path:
