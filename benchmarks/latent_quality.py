@@ -6,8 +6,9 @@
 
 The judge is a classifier that this project trained, shown images without noise; first its accuracy on all real held-out images is
 told. Samples are cropped in the middle to the size it knows. Then, for each guidance, the share of samples that it labels as asked,
-with the standard error. Last the operations a sample takes, those of matrix products and convolutions: one network call's
-times the levels of the grid (twice that where guided), and the decoder's. --out=FILE.png writes the samples of the first guidance, a class a column.
+with the standard error. Last the operations that a sample takes, those of matrix products and convolutions: one network call's
+times the levels of the grid (twice that where guided), and the decoder's. --out=FILE.png writes the samples of the first guidance,
+a class a column.
 """
 
 from pathlib import Path

@@ -1,13 +1,16 @@
-"""The CIFAR-10 configs hold networks of known size: their parameters, counted through the config and once more by hand."""
+"""Configs of papers hold networks of known size: their parameters, counted through the config and once more by hand."""
 
 import importlib.util
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
-from jaxdiff import models
+from jaxdiff import experiment, models, run, training
+from jaxdiff.interop import workdir
 
 ROOT = Path(__file__).parent.parent
 GROUPS = {
@@ -26,6 +29,7 @@ KNOWN = {
     "cifar_score_sde": 61_804_419,
     "cifar_subvp": 61_804_419,
     "cifar_flow": 35_746_307,
+    "imagenet256_ldm": 401_433_091,  # Rombach et al. 2022, table 3: 400M
 }
 
 
@@ -146,3 +150,55 @@ def test_improved_ddpms_count_by_hand():
     up += 3 * scaled(2 * c, c) + scaled(c + 128, c) + 4 * attention(c) + conv(c, c)
     up += scaled(c + 128, 128) + 3 * scaled(256, 128)
     assert mlp() + conv(3, 128) + down + middle + up + norm(128) + conv(128, 6) == KNOWN["cifar_iddpm"]
+
+
+def test_latent_diffusions_count_by_hand():
+    """Of its 401M, 1001 x 512 are the labels' tokens, which the authors count apart: 400.92M are left."""
+
+    def residual(i, o):
+        return block(i, o, embed=768 * o + o)
+
+    def look(c):
+        itself, cross, mlp = 4 * c * c + c, 2 * c * c + 2 * 512 * c + c, conv(c, 8 * c, 1) + conv(4 * c, c, 1)
+        return norm(c) + conv(c, c, 1) + 3 * norm(c) + itself + cross + mlp + conv(c, c, 1)
+
+    c = [192, 384, 576, 960]
+    down, up = 2 * residual(c[0], c[0]) + conv(c[0], c[0]), 0
+    skips = [c[0], c[0], c[0], c[0]]
+    for level in (1, 2, 3):
+        down += residual(c[level - 1], c[level]) + residual(c[level], c[level]) + 2 * look(c[level])
+        down += conv(c[level], c[level]) if level < 3 else 0
+        skips += (3 if level < 3 else 2) * [c[level]]
+    middle, h = 2 * residual(960, 960) + look(960), 960
+    for level in (3, 2, 1, 0):
+        for _ in range(3):
+            up += residual(h + skips.pop(), c[level]) + (look(c[level]) if level else 0)
+            h = c[level]
+        up += conv(h, h) if level else 0
+    embed = conv(192, 768, 1) + conv(768, 768, 1)
+    network = embed + conv(3, 192) + down + middle + up + norm(192) + conv(192, 3)
+    assert not skips and network == 400_920_579
+    assert network + 1001 * 512 == KNOWN["imagenet256_ldm"]
+
+
+@pytest.mark.slow
+def test_latent_diffusion_is_of_latents_of_64x64x3(tmp_path):
+    """The whole experiment, its first stage a tiny one of the same factor; shapes alone, nothing is computed."""
+    config = load("imagenet256_ldm").get_config()
+    first = dict(name="AutoencoderKL", channels=4, multipliers=(1, 1, 1), blocks=1, middle_attend="NoAttention", latent_channels=3)
+    first |= dict(scale=1.0)
+    shapes = jax.eval_shape(models.build(ConfigDict(first)).init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    described = ConfigDict(dict(data=dict(shape=(256, 256, 3), codec="pixels"), model=first, training=dict(ema=(0.0,))))
+    described.sampling = dict(ema=0.0)
+    workdir.write(tmp_path / "kl", described, jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes))
+    config.data.codec = config.data.codec.replace("runs/imagenet256_kl", str(tmp_path / "kl"))
+    built = experiment.build(config)
+    params = jax.eval_shape(built.init, jax.random.key(0))
+    assert sum(a.size for a in jax.tree.leaves(params)) == KNOWN["imagenet256_ldm"]
+    batch = {"image": jax.ShapeDtypeStruct((4, 256, 256, 3), jnp.uint8), "label": jax.ShapeDtypeStruct((4,), jnp.int32)}
+    example = jax.eval_shape(lambda key, batch: built.prepare((), key, batch), jax.random.key(0), batch)
+    assert example["x0"].shape == (4, 64, 64, 3) and example["cond"]["label"].shape == (4,)
+    each, _, _ = jax.eval_shape(lambda p, key, e: built.loss(p, (), key, e), params, jax.random.key(0), example)
+    assert each.shape == (4,)
+    training.make_optimizer(config.optimizer)
+    run.check(config, built)

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxdiff.errors import InputError
-from jaxdiff.interop import autoencoder, dit, files, folder, openai, score_sde, unet2d
+from jaxdiff.interop import autoencoder, dit, files, folder, openai, score_sde, unet2d, unet2d_condition
 from jaxdiff.interop.workdir import Imported
 
 ALLOWED = (
-    "a folder that diffusers wrote (UNet2DModel, AutoencoderKL, VQModel, DiTTransformer2DModel; a DDPM, DDIM, PNDM or DiT "
-    "pipeline), or a file of improved-diffusion, guided-diffusion, score_sde (VP, sub-VP), DiT or a CompVis autoencoder"
+    "a folder that diffusers wrote (UNet2DModel, UNet2DConditionModel, AutoencoderKL, VQModel, DiTTransformer2DModel; a DDPM, "
+    "DDIM, PNDM, DiT or Stable Diffusion pipeline), or a file of improved-diffusion, guided-diffusion, score_sde (VP, sub-VP), DiT "
+    "or a CompVis autoencoder"
 )
 
 
@@ -22,6 +23,7 @@ class Family(NamedTuple):
 
 
 UNETS = Family(unet2d.read, ("null_class",))
+CONDITIONED = Family(unet2d_condition.read)
 AUTOENCODERS = Family(autoencoder.read, ("image_size",))
 TRANSFORMERS = Family(dit.read)
 OPENAI = Family(openai.read, openai.FLAGS)
@@ -30,6 +32,7 @@ SCORE_SDE = Family(score_sde.read, ("sde", "image_size"))
 # By the class that a folder's json names.
 FOLDERS = {name: UNETS for name in ("UNet2DModel", "DDPMPipeline", "DDIMPipeline", "PNDMPipeline")}
 FOLDERS |= {name: TRANSFORMERS for name in ("DiTTransformer2DModel", "Transformer2DModel", "DiTPipeline")}
+FOLDERS |= {name: CONDITIONED for name in ("UNet2DConditionModel", "StableDiffusionPipeline")}
 FOLDERS |= dict.fromkeys(autoencoder.CLASSES, AUTOENCODERS)
 
 

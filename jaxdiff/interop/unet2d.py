@@ -5,7 +5,7 @@ Names and meanings: diffusers 0.42, models/unets/unet_2d.py; older files only la
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,6 +90,9 @@ UP = {"UpBlock2D": (False, "conv"), "ResnetUpsampleBlock2D": (False, "resnet"), 
 # resnet_time_scale_shift -> our block; one that changes the size is named with Down or Up behind.
 BLOCKS = {"default": "ResBlock", "scale_shift": "ADMBlock"}
 PADDED = ("Down", "ADMDown")  # by downsample_padding
+
+# The rows of a part, by its place here and there.
+Rows = Callable[[str, str], list[Row]]
 
 # A model that can be guided was trained with its label dropped; how often, its files do not tell. Ho and Salimans' choice.
 DROPPED = 0.1
@@ -248,8 +251,9 @@ def params_of(config: ConfigDict, state: Mapping[str, np.ndarray]) -> Any:
     return mapping.load(shapes, rows(config, shapes), folder.renamed(state))
 
 
-def rows(config: ConfigDict, params: Any) -> list[Row]:
-    """Where every parameter (or its shape) of a U-Net is among their tensors."""
+def rows(config: ConfigDict, params: Any, attend: Rows | None = None) -> list[Row]:
+    """Where every parameter (or its shape) of a U-Net is among their tensors; `attend` gives the rows of its attention."""
+    attend = attend or _attend
     out = module("conv_in", "conv_in", conv) + module("conv_out", "conv_out", conv) + norm("norm_out", "conv_norm_out")
     out += module("embed1", "time_embedding.linear_1", dense) + module("embed2", "time_embedding.linear_2", dense)
     out += [
@@ -263,11 +267,11 @@ def rows(config: ConfigDict, params: Any) -> list[Row]:
         ):
             for i in range(count):
                 out += _block(f"{way}{level}_{i}_block", f"{theirs}.resnets.{i}")
-                out += _attend(f"{way}{level}_{i}_attention", f"{theirs}.attentions.{i}")
+                out += attend(f"{way}{level}_{i}_attention", f"{theirs}.attentions.{i}")
             out += module(f"{way}{level}/conv", f"{theirs}.{sampler}.0.conv", conv)
             out += _block(f"{way}{level}", f"{theirs}.{sampler}.0")
     out += _block("middle_block1", "mid_block.resnets.0") + _block("middle_block2", "mid_block.resnets.1")
-    return mapping.within(out + _attend("middle_attention", "mid_block.attentions.0"), params)
+    return mapping.within(out + attend("middle_attention", "mid_block.attentions.0"), params)
 
 
 def _block(ours: str, theirs: str) -> list[Row]:
