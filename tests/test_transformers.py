@@ -2,6 +2,7 @@
 
 import jax
 import latents
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 from test_configs import load
@@ -107,3 +108,35 @@ def test_what_a_pace_is_measured_on_are_zeros_of_the_shapes():
     shapes = {"a": jax.ShapeDtypeStruct((4, 2), "uint8", sharding=meshes.split(mesh))}
     made = dryrun.zeros(shapes)["a"]
     assert (made.shape, made.dtype, made.sharding, int(made.sum())) == ((4, 2), "uint8", meshes.split(mesh), 0)
+
+
+def trained(c, steps):
+    """The loss of each step of training on the digits."""
+    built, optimizer = experiment.build(c), training.make_optimizer(c.optimizer)
+    digits, key = data.load("digits"), jax.random.key(0)
+    state = jax.jit(lambda key: training.init_state(built, optimizer, c.training.ema, key))(key)
+    step, losses = jax.jit(training.make_step(built, optimizer), donate_argnums=1), []
+    for i in range(steps):
+        state, told = step(key, state, data.batch_at(digits, 0, i, c.batch_size))
+        losses.append(float(told["loss"]))
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("dit_xl_2", {}),
+        ("sit_xl_2", {}),
+        ("sit_xl_2", {"process.draw": "draw_logit_normal()", "model.qk_norm": "RMSNorm", "model.rotate": "Rotary"}),
+    ],
+)
+def test_a_small_one_learns_digits_under_the_settings_of_both(name, changes):
+    """The configs themselves, with the digits' pixels in place of latents and a network of 2 blocks; losses of 10 steps each."""
+    c = config(name, "pixels", width=48, depth=2, heads=4, classes=10, dtype="float32", remat=False)
+    c.model.out_channels = 2 if name == "dit_xl_2" else None
+    c.data.update(name="digits", shape=(8, 8, 1), size=0, flip=False)
+    c.update_from_flattened_dict({"batch_size": 32, "optimizer.learning_rate": 2e-3} | changes)
+    losses = np.asarray(trained(c, 120))
+    first, last = losses[:10].mean(), losses[-10:].mean()
+    assert np.isfinite(losses).all() and last < 0.6 * first, (first, last)
