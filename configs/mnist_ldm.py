@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.steps = 6000
+    config.steps = 4000
     config.batch_size = 64
     config.data_dir = ""  # where TFDS prepared the set; its own default, ~/tensorflow_datasets, where empty
     config.data = dict(
@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     )
     config.model = dict(
         name="UNet",
-        channels=64,
+        channels=48,
         multipliers=(1, 2),
         blocks=1,
         attention=(1,),
@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
     config.process = dict(
         schedule="cosine", target="v", draw="draw_uniform(0.001, 0.999)", weight="unit", loss="simple", data_std=1.0, drop_label=0.1
     )
-    config.optimizer = dict(name="adam", learning_rate=2e-3, schedule="cosine_onecycle_schedule(6000, 1.0, 0.1)", clip=1.0)
+    config.optimizer = dict(name="adam", learning_rate=2e-3, schedule="cosine_onecycle_schedule(4000, 1.0, 0.1)", clip=1.0)
     config.training = dict(
         ema=(0.998,),
         log_every=50,

@@ -271,3 +271,27 @@ def test_a_folder_for_latents_needs_a_codec_that_makes_some():
     c.data.latents = "somewhere"
     with pytest.raises(InputError, match=r"data\.latents='somewhere' keeps latents, and data\.codec='pixels' makes none"):
         experiment.build(c)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"model.name": "DiT", "patch": 3}, r"encodes it\) does not fit model.patch=3: .* each size divisible by 3"),
+        ({"model.multipliers": (1, 1, 1, 1)}, r"encodes it\) does not fit 4 levels of model.multipliers: .* divisible by 8"),
+        ({"out_channels": 1}, r"model.out_channels=1 is not what process.loss='simple' needs; allowed: None, \d"),
+        ({"data.shape": (8, 9, 1)}, r"data.shape=\(8, 9, 1\) does not fit data.codec=.*divisible by 2"),
+    ],
+    ids=["patch", "levels", "channels", "downsampling"],
+)
+@pytest.mark.parametrize("stage", ["vq"], indirect=True)
+def test_a_latent_that_does_not_fit_the_model_is_told_in_one_line(stage, changes, text):
+    c = of(stage)
+    if changes.get("model.name") == "DiT":
+        c.model = ConfigDict(dict(name="DiT", width=8, depth=1, heads=1, classes=10, patch=changes["patch"]))
+    elif "out_channels" in changes:
+        c.model.out_channels = changes["out_channels"]
+    else:
+        c.update_from_flattened_dict(changes)
+    with pytest.raises(InputError, match=text) as caught:
+        experiment.build(c)
+    assert "\n" not in str(caught.value)
