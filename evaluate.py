@@ -85,7 +85,8 @@ def main() -> None:
         raise jd.InputError("floor is of the distances that are asked for beside it, such as fid or fd_own, and there is none")
     networks = networks_of(metrics)
     if not networks and (useless := [name for name in OF_DISTANCES if FLAGS[name].value is not None]):
-        raise jd.InputError(f"--{useless[0]} is of distances, and metrics={FLAGS.metrics!r} are none")
+        asked = "the default metrics" if FLAGS.metrics is None else f"metrics={FLAGS.metrics!r}"
+        raise jd.InputError(f"--{useless[0]} is of distances, and {asked} are none")
     autoencoder = reconstruction.load(FLAGS.workdir, FLAGS.ema, FLAGS.step)
     if autoencoder is not None:
         reconstructions(autoencoder, metrics or ["psnr", "ssim"], networks)
@@ -136,6 +137,8 @@ def reconstructions(run: reconstruction.Trained, metrics: list[str], networks: d
         raise jd.InputError(f"metrics={wrong[0]!r} is of a model that draws images, and {FLAGS.workdir} holds an autoencoder")
     if wrong := [name for name in OF_SAMPLES if FLAGS[name].value is not None]:
         raise jd.InputError(f"--{wrong[0]} is of drawing images, and {FLAGS.workdir} holds an autoencoder")
+    if not run.config.data.name:
+        raise jd.InputError(f"{FLAGS.workdir} was imported, and its config names no data")
     split = FLAGS.split or FLAGS.held_out
     name, codes = f"{run.config.data.name} {split}", getattr(run.model, "codes", 0)
     reconstruction.check(metrics, run.shape, codes)

@@ -267,15 +267,15 @@ def build(config, shape: tuple[int, ...]) -> Autoencoding:
         found = encoded(model, params, x, k_encode)
         coded = regulariser.encode(params, found, example, extra.get("usage"), k_tally)
         decode = functools.partial(_decode_by, model, params, coded.z, k_decode)
-        # The discriminator's say is weighed by gradients of the last layer alone, whose pullback costs one convolution.
-        y, pullback = (decode(), None) if player is None else jax.vjp(decode, last_layer(params))
-        each, told = off(extra, x, y)
+        # The discriminator's say is weighed by gradients of the last layer alone: pulling back to it costs one convolution.
+        y, to_last = (decode(), None) if player is None else jax.vjp(decode, last_layer(params))
+        each, to_image, told = jax.vjp(functools.partial(off, extra, x), y, has_aux=True)
         each, told = each + coded.penalty, told | coded.told
         if coded.usage is not None:
             extra = extra | {"usage": coded.usage}
         if player is not None:
-            by_last = jax.tree.map(lax.stop_gradient, pullback)
-            play = functools.partial(_play, player, params["discriminator"], functools.partial(off, extra, x), by_last, x)
+            pulls = jax.tree.map(lax.stop_gradient, (to_last, to_image))
+            play = functools.partial(_play, player, params["discriminator"], pulls, x)
             # Before it enters, the second player costs nothing.
             adversarial, of_players = lax.cond(extra["step"] >= player.start, play, _sit_out, y)
             each, told = each + adversarial, told | of_players
@@ -330,11 +330,12 @@ def _decode_by(model: Any, params: Params, z: Array, key: Array, last: Array | N
     return decoded(model, {"params": network}, z, key)
 
 
-def _play(player: Discriminator, params: Params, off: Callable, by_last: Callable, x: Array, y: Array):
-    """What the discriminator adds to each image's loss, and metrics.
+def _play(player: Discriminator, params: Params, pulls: tuple[Callable, Callable], x: Array, y: Array):
+    """What the discriminator adds to each image's loss, and metrics; `pulls` go from y to the last layer, and from the losses to y.
 
     Two players in one loss: each one's parameters meet the gradient of its own loss alone, the other's are held.
     """
+    to_last, to_image = pulls
 
     def says(params, images):
         return player.network.apply({"params": params}, images)
@@ -342,9 +343,10 @@ def _play(player: Discriminator, params: Params, off: Callable, by_last: Callabl
     def fooled(y):
         return generator(says(lax.stop_gradient(params), y))
 
-    held = lax.stop_gradient(y)
-    by_image = jax.grad(lambda y: off(y)[0].mean())(held), jax.grad(lambda y: fooled(y).mean())(held)
-    weight = player.weight * lax.stop_gradient(adaptive(*(by_last(g)[0] for g in by_image)))
+    held, share = lax.stop_gradient(y), jnp.full(len(y), 1 / len(y))  # of each image in the mean loss
+    _, to_fooled = jax.vjp(fooled, held)
+    by_last = (to_last(*pull(share))[0] for pull in (to_image, to_fooled))
+    weight = player.weight * lax.stop_gradient(adaptive(*by_last))
     each = fooled(y)
     against = hinge(says(params, x), says(params, held))
     told = {"generator": each, "discriminator": against, "adversarial_weight": jnp.full_like(each, weight)}
