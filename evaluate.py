@@ -1,6 +1,7 @@
 """Evaluates a trained model:  python evaluate.py --workdir=DIR --metrics=fd_own,pr_own,floor,nearest --classifier=DIR
 
 Metrics, separated by commas:
+  psnr, ssim, usage                             of an autoencoder: how near held-out images are given back, and use of its codes
   bpd_elbo, bpd_ode                             bits per dimension of real images: variational bound, and exact (probability flow)
   fid, sfid, is, kid, pr, dc                    by Inception-v3, --inception=FILE: the field's own
   fd_dinov2, kd_dinov2, pr_dinov2, dc_dinov2    by DINOv2, --dinov2=FILE
@@ -8,6 +9,7 @@ Metrics, separated by commas:
   floor                                         the distances asked for, of real held-out images: what a perfect model would have
   nearest                                       a picture of samples with the training images nearest to them, to see copies
 
+An autoencoder's distances are of held-out images given back, from the same images (rFID); bits, floor and nearest it has not.
 fd: Frechet distance, kd: kernel distance, pr: precision and recall, dc: density and coverage. Prints each figure with what it is of
 and writes it to WORKDIR/evaluation. Samples are drawn as sample.py draws them and kept there; stopped, it goes on where it was, and
 another metric of the same samples draws nothing. Every device and process takes its share.
@@ -24,19 +26,19 @@ import numpy as np
 from absl import flags
 
 import jaxdiff as jd
-from jaxdiff import cli, data, evaluation, experiment
+from jaxdiff import cli, data, evaluation, experiment, first_stage, shards
 from jaxdiff import mesh as meshes
 from jaxdiff import run as runs
-from jaxdiff.evaluation import features, references, report, samples
+from jaxdiff.evaluation import features, reconstruction, references, report, samples
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", None, "What train.py wrote to.")
-flags.DEFINE_string("metrics", "bpd_elbo", "Comma-separated, see above.")
-flags.DEFINE_string("split", None, "Which split of the data (default: for bits test, for a reference the one trained on).")
+flags.DEFINE_string("metrics", None, "Comma-separated, see above (default: bpd_elbo; of an autoencoder psnr,ssim).")
+flags.DEFINE_string("split", None, "Which split (default: bits test, a reference the one trained on, autoencoders --held_out).")
 flags.DEFINE_string("data_dir", None, "Where the data is (default: the config's data_dir).")
 flags.DEFINE_integer(
-    "num", 0, "Bits: only the first so many images, 0 for all. Distances: so many samples; 0 is 50,000, or with a classifier's "
-    "features as many as the reference has, if fewer.",
+    "num", 0, "Bits, autoencoders: only the first so many images, 0 for all. Distances: so many samples; 0 is 50,000, or with a "
+    "classifier's features as many as the reference has, if fewer.",
 )  # fmt: skip
 flags.DEFINE_integer("batch_size", 0, "Images at once; 0 is config.sampling.batch_size, and 100 through a feature network.")
 flags.DEFINE_integer("terms", 128, "bpd_elbo: steps or times drawn for each image; 0 is every step (1000 times without a table).")
@@ -54,7 +56,7 @@ flags.DEFINE_string(
     "save_reference", None, "Also write the reference's statistics to this .npz, which pytorch-fid reads; Inception's with images "
     "beside them, which ADM's evaluator reads (it resizes as --resize=tensorflow).",
 )  # fmt: skip
-flags.DEFINE_string("held_out", "test", "floor, nearest: the split of real images that the model was not trained on.")
+flags.DEFINE_string("held_out", "test", "floor, nearest, autoencoders: the split of real images that the model was not trained on.")
 flags.DEFINE_string("inception", None, "Inception's weights, as pytorch-fid publishes them.")
 flags.DEFINE_enum("resize", "pytorch", ["pytorch", "tensorflow"], "How images are brought to Inception: as pytorch-fid, or as ADM.")
 flags.DEFINE_string("dinov2", None, "DINOv2's weights.")
@@ -63,15 +65,17 @@ flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several 
 flags.DEFINE_integer("processes", None, "How many processes there are.")
 flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
 
-ALLOWED = (*evaluation.METRICS, *report.METRICS, *report.BESIDES)
+ALLOWED = (*evaluation.METRICS, *report.METRICS, *report.BESIDES, *reconstruction.METRICS)
+# What says how samples are drawn, or which: an autoencoder draws none.
+OF_SAMPLES = ("samples", "steps", "solver", "times", "guidance", "label")
 OF_DISTANCES = ("samples", "reference", "save_reference")
 
 
 def main() -> None:
     if FLAGS.workdir is None:
         raise jd.InputError("which model? Give --workdir=DIR, the folder that train.py wrote to")
-    metrics = list(dict.fromkeys(name.strip() for name in FLAGS.metrics.split(",") if name.strip()))
-    if not metrics or set(metrics) - set(ALLOWED):
+    metrics = list(dict.fromkeys(name.strip() for name in (FLAGS.metrics or "").split(",") if name.strip()))
+    if (FLAGS.metrics is not None and not metrics) or set(metrics) - set(ALLOWED):
         raise jd.InputError(f"metrics={FLAGS.metrics!r} is unknown; allowed: {', '.join(ALLOWED)}")
     for name in ("num", "batch_size", "terms"):
         if FLAGS[name].value < 0:  # type: ignore[operator]
@@ -81,8 +85,15 @@ def main() -> None:
         raise jd.InputError("floor is of the distances that are asked for beside it, such as fid or fd_own, and there is none")
     networks = networks_of(metrics)
     if not networks and (useless := [name for name in OF_DISTANCES if FLAGS[name].value is not None]):
-        raise jd.InputError(f"--{useless[0]} is of distances, and metrics={FLAGS.metrics!r} are none")
-    run = jd.load(FLAGS.workdir, FLAGS.ema, FLAGS.step)
+        asked = "the default metrics" if FLAGS.metrics is None else f"metrics={FLAGS.metrics!r}"
+        raise jd.InputError(f"--{useless[0]} is of distances, and {asked} are none")
+    autoencoder = reconstruction.load(FLAGS.workdir, FLAGS.ema, FLAGS.step)
+    if autoencoder is not None:
+        reconstructions(autoencoder, metrics or ["psnr", "ssim"], networks)
+        return
+    run, metrics = jd.load(FLAGS.workdir, FLAGS.ema, FLAGS.step), metrics or ["bpd_elbo"]
+    if wrong := [name for name in metrics if name in reconstruction.METRICS]:
+        raise jd.InputError(f"metrics={wrong[0]!r} is of an autoencoder, and {FLAGS.workdir} holds a {run.config.model.name}")
     if bits := [name for name in metrics if name in evaluation.METRICS]:
         bits_per_dim(run, bits)
     if networks:
@@ -118,6 +129,38 @@ def bits_per_dim(run, metrics: list[str]) -> None:
             split=split,
         )
         say(_line(row))
+
+
+def reconstructions(run: reconstruction.Trained, metrics: list[str], networks: dict) -> None:
+    """How near an autoencoder gives images back: pixel by pixel, in the use of its codes, and as distances of the two sets."""
+    if wrong := [name for name in metrics if name in evaluation.METRICS or name in report.BESIDES]:
+        raise jd.InputError(f"metrics={wrong[0]!r} is of a model that draws images, and {FLAGS.workdir} holds an autoencoder")
+    if wrong := [name for name in OF_SAMPLES if FLAGS[name].value is not None]:
+        raise jd.InputError(f"--{wrong[0]} is of drawing images, and {FLAGS.workdir} holds an autoencoder")
+    if not run.config.data.name:
+        raise jd.InputError(f"{FLAGS.workdir} was imported, and its config names no data")
+    split = FLAGS.split or FLAGS.held_out
+    name, codes = f"{run.config.data.name} {split}", getattr(run.model, "codes", 0)
+    reconstruction.check(metrics, run.shape, codes)
+    images = load(run, split).images
+    images = images[: FLAGS.num or len(images)]
+    of = {network: [m for m in metrics if m in report.METRICS and report.METRICS[m].network == network] for network in networks}
+    if networks:
+        real = read_real(run, [], FLAGS.save_reference or any(takes(each) for each in of.values()), split)
+        check(run, of, networks, real, len(images))
+    through = reconstruction.through(run.model, first_stage.of_config(run.config.data.codec))
+    size, mesh = FLAGS.batch_size or run.config.sampling.get("batch_size", 64), meshes.make_mesh((-1, 1))
+    seen = reconstruction.measure(through, run.params, images, size, codes, mesh, name)
+    facts = {"reconstructed": name, "originals": shards.digest(images), "model": shards.digest(run.params), "step": run.step}
+    facts |= {"ema": str(FLAGS.ema or runs.average(run.config))}
+    for metric in (m for m in reconstruction.METRICS if m in metrics):
+        row = reconstruction.figure(metric, seen) | facts
+        say(reconstruction.line(row))
+        if meshes.first_process():
+            reconstruction.save(FLAGS.workdir, row)
+    given_back = samples.Samples(seen.images, facts | {"images": shards.digest(seen.images)})
+    for network, features_of_it in networks.items():
+        figures(run, given_back, of[network], features_of_it, real)
 
 
 class Real(NamedTuple):
@@ -267,9 +310,10 @@ def names(run) -> tuple[str, str]:
     return f"{run.config.data.name} {run.config.data.split}", f"{run.config.data.name} {FLAGS.held_out}"
 
 
-def read_real(run, extra: list[str], needed) -> Real:
+def read_real(run, extra: list[str], needed, split: str | None = None) -> Real:
     """--reference, or a split where a metric needs one; the other two splits where floor or nearest do."""
-    name = f"{run.config.data.name} {FLAGS.split or run.config.data.split}"
+    split = split or FLAGS.split or run.config.data.split
+    name = f"{run.config.data.name} {split}"
     train, held_out = names(run)
     if extra and held_out in (train, "" if FLAGS.reference else name):
         raise jd.InputError(f"held_out={FLAGS.held_out} is what the model was trained on, or the reference; give another split")
@@ -278,7 +322,7 @@ def read_real(run, extra: list[str], needed) -> Real:
         unseen = load(run, FLAGS.held_out)
         images, labels = {train: load(run, run.config.data.split).images, held_out: unseen.images}, unseen.labels
     if FLAGS.reference is None:
-        more = {name: load(run, FLAGS.split or run.config.data.split).images} if needed else {}
+        more = {name: load(run, split).images} if needed else {}
         return Real(None, name, images | more, labels)
     stats, at_hand = references.read(FLAGS.reference)
     if at_hand is not None:

@@ -1,8 +1,9 @@
-"""Trains a diffusion model or a classifier:  python train.py --config=configs/digits.py [--config.key=value ...] [--workdir=DIR]
+"""Trains a diffusion model, a classifier or an autoencoder:  python train.py --config=configs/digits.py [--workdir=DIR]
 
-Writes to the workdir: samples/*.png and metrics.jsonl while it runs, TensorBoard events, checkpoints. Instead of samples a
-classifier has its accuracy on held-out images told, by noise level. Run again with the same workdir, it goes on from the newest
-good checkpoint. With Ctrl-C or SIGTERM it saves first; a second Ctrl-C leaves at once.
+Writes to the workdir: samples/*.png and metrics.jsonl while it runs, TensorBoard events, checkpoints; --config.key=value changes a
+key of the config. Instead of samples a classifier has its accuracy on held-out images told, by noise level, and an autoencoder
+shows held-out images above what it gives back. Run again with the same workdir, it goes on from the newest good checkpoint. With
+Ctrl-C or SIGTERM it saves first; a second Ctrl-C leaves at once.
 --dry_run says what the run needs and takes, and trains nothing; --profile records a few steps for Perfetto. Several processes: the
 same command on each host of a TPU pod, Slurm job or GKE job; elsewhere with --coordinator=HOST:PORT --processes=N --process=I.
 """
@@ -25,8 +26,10 @@ from jaxdiff import cli, data, evaluation, first_stage, pictures
 from jaxdiff import experiment as experiments
 from jaxdiff import mesh as meshes
 from jaxdiff import run as runs
+from jaxdiff.autoencoding import Autoencoding
 from jaxdiff.data import latents
 from jaxdiff.errors import InputError, RunError
+from jaxdiff.evaluation import reconstruction
 from jaxdiff.training import averages, checkpoint, dryrun, ema_distance, hardware, init_state, make_optimizer, make_step, metrics
 
 FLAGS = flags.FLAGS
@@ -44,6 +47,8 @@ FIRST_GRID = 30.0
 FIRST_GRID_DONE = 50.0
 # Where a grid as the config has it would take longer than this (a large network on a CPU), a smaller one is drawn.
 GRID_SECONDS = 60.0
+# How many held-out images an autoencoder is measured on along the way, spread over the split; evaluate.py takes them all.
+HELD_OUT = 1024
 # What a step says is fetched this many steps later: the device never waits for the host, and the bar tells the truth.
 BEHIND = 2
 # Which steps of a process --profile records.
@@ -94,10 +99,6 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
     if config.data.codec != asked:
         experiment = experiments.build(config)
 
-    show = functools.partial(_sample, config, experiment, workdir)
-    if experiment.target is None:
-        show = functools.partial(_accuracy, config, experiment, mesh, _held_out(config, say))
-
     at = functools.partial(data.batch_at, dataset) if stored is None else functools.partial(latents.batch_at, stored)
 
     def batch_of(i: int) -> dict[str, jax.Array]:
@@ -106,6 +107,7 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
     init, step, shapes, shardings = _programs(config, experiment, optimizer, mesh)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
+        show, then = _task(config, experiment, mesh, workdir, dataset, say)
         say(f"{config.data.name}: {len(dataset.images)} images {dataset.images.shape[1:]}, {jax.device_count()} "
             f"{jax.devices()[0].device_kind} device(s), {jax.process_count()} process(es), writing to {workdir}")  # fmt: skip
         if stored is not None:
@@ -212,9 +214,7 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
     elif done < config.steps:
         say(f"stopped by a preemption notice at step {done}, saved; the same command goes on from there")
     else:
-        what = f"draw more with: python sample.py --workdir={workdir}"
-        what = f"guide with: jaxdiff.load_classifier({str(workdir)!r})" if experiment.target is None else what
-        say(f"done: step {done}, {time.time() - start:.0f} s; {what}")
+        say(f"done: step {done}, {time.time() - start:.0f} s; {then}")
 
 
 def _programs(config, experiment, optimizer, mesh):
@@ -257,10 +257,11 @@ class _Clock:
 
 
 def _not_finite(config, done: int, values, saved: int) -> str:
+    worst = f", worst at logsnr {values['worst_logsnr']:.3f}" if "worst_logsnr" in values else ""
     return (
-        f"step {done} is not finite: loss {values['loss']}, gradient norm {values['grad_norm']}, worst at logsnr "
-        f"{values['worst_logsnr']:.3f}; its batch is batch_at(dataset, seed={config.seed}, step={done - 1}, batch_size="
-        f"{config.batch_size}) and its key fold_in(key({config.seed}), {done - 1}); nothing is saved after step {saved}; "
+        f"step {done} is not finite: loss {values['loss']}, gradient norm {values['grad_norm']}{worst}; its batch is "
+        f"batch_at(dataset, seed={config.seed}, step={done - 1}, batch_size={config.batch_size}) and its key "
+        f"fold_in(key({config.seed}), {done - 1}); nothing is saved after step {saved}; "
         f"--config.training.nonfinite=skip passes over such steps"
     )
 
@@ -290,6 +291,21 @@ def _levels(workdir, writer, step: int, by_logsnr) -> None:
     if meshes.first_process():
         (checkpoint.place(workdir) / "loss_by_logsnr.csv").write_text(metrics.level_table(by_logsnr))
         pictures.save(checkpoint.place(workdir) / "loss_by_logsnr.png", picture)
+
+
+def _task(config, experiment, mesh, workdir, dataset, say):
+    """What is shown of the model along the way, `show(state, writer, forward, budget) -> line`, and what is done with it then."""
+    if isinstance(experiment, Autoencoding):
+        held_out = _held_out(config, say, labelled=False) or dataset
+        through = reconstruction.through(experiment.model, experiment.pixel)
+        show = functools.partial(
+            _reconstruct, config, through, getattr(experiment.model, "codes", 0), mesh, workdir, held_out.images
+        )
+        return show, f"diffuse its latents with: --config.data.codec=\"autoencoder('{workdir}')\""
+    if experiment.target is None:
+        show = functools.partial(_accuracy, config, experiment, mesh, _held_out(config, say, labelled=True))
+        return show, f"guide with: jaxdiff.load_classifier({str(workdir)!r})"
+    return functools.partial(_sample, config, experiment, workdir), f"draw more with: python sample.py --workdir={workdir}"
 
 
 def _affordable(config, forward: float, budget: float) -> tuple[int, int]:
@@ -329,16 +345,39 @@ def _measured(asked: str, codec, dataset: data.Dataset, stored: latents.Latents 
     return first_stage.measured(asked, codec, data.statistics(dataset) if stored is None else latents.statistics(stored))
 
 
-def _held_out(config, say) -> data.Dataset | None:
-    """Labelled images that are not trained on: the split test or validation, None where there is neither."""
+def _held_out(config, say, labelled: bool) -> data.Dataset | None:
+    """Images that are not trained on: the split test or validation, None where there is neither."""
     for split in ("test", "validation"):
         with contextlib.suppress(InputError):
             dataset = data.of_config(config, split)
-            if split != config.data.split and len(dataset.labels) and dataset.labels.min() >= 0:
+            if split != config.data.split and len(dataset.labels) and (not labelled or dataset.labels.min() >= 0):
                 say(f"held out: {len(dataset.labels)} images, {config.data.name} {split}")
                 return dataset
-    say(f"{config.data.name} has no labelled split test or validation: the accuracy is not measured on held-out images")
+    if labelled:
+        say(f"{config.data.name} has no labelled split test or validation: the accuracy is not measured on held-out images")
+    else:
+        say(f"{config.data.name} has no split test or validation: reconstructions are of images that are trained on")
     return None
+
+
+def _reconstruct(config, through, codes: int, mesh, workdir, images, state, writer, forward: float, budget: float) -> str:
+    """Shows images above what the averaged parameters make of them, and tells how near that is; always the same images."""
+    shown = min(config.sampling.num, len(images))
+    # As many as the budget allows, of which the grid is the first.
+    most = min(len(images), max(HELD_OUT, shown))
+    num = int(meshes.agree(np.int32(np.clip(budget / max(forward, 1e-9), min(256, most), most))))
+    rows = np.linspace(0, len(images) - 1, most).round().astype(int)
+    rows = np.random.RandomState(config.seed % 2**32).permutation(rows)[: max(num, shown)]
+    params = state.ema[runs.average(config)]
+    seen = reconstruction.measure(through, params, images[rows], config.sampling.batch_size, codes, mesh)
+    row = reconstruction.summary(seen)
+    writer.scalars(int(state.step), {f"held_out_{name}": value for name, value in row.items()})
+    picture = reconstruction.grid(np.asarray(images[rows[:shown]]), seen.images[:shown])
+    path = checkpoint.place(workdir) / "samples" / f"step_{int(state.step):07d}.png"
+    if meshes.first_process():
+        pictures.save(path, picture)
+    writer.image(int(state.step), "reconstructions", picture)
+    return f"{reconstruction.told(row, codes)} of {len(rows)} images; {shown} of them in {path}"
 
 
 def _accuracy(config, experiment, mesh, held_out, state, writer, forward: float, budget: float) -> str:
@@ -421,10 +460,11 @@ def _fits(config: ConfigDict, dataset: data.Dataset) -> None:
     if shape != tuple(config.data.shape):
         border = f" with data.pad={config.data.pad}" if config.data.get("pad") else ""
         raise InputError(f"config.data.shape={tuple(config.data.shape)} but the images of {config.data.name} are {shape}{border}")
-    if config.model.classes and not classes:
-        raise InputError(f"config.model.classes={config.model.classes} but {config.data.name} has no labels; use 0")
-    if config.model.classes and classes > config.model.classes:
-        raise InputError(f"config.model.classes={config.model.classes} but {config.data.name} has {classes} classes")
+    wanted = config.model.get("classes", 0)
+    if wanted and not classes:
+        raise InputError(f"config.model.classes={wanted} but {config.data.name} has no labels; use 0")
+    if wanted and classes > wanted:
+        raise InputError(f"config.model.classes={wanted} but {config.data.name} has {classes} classes")
 
 
 def _on_signal(stack: contextlib.ExitStack) -> list[str]:

@@ -10,8 +10,8 @@ import numpy as np
 from jax.tree_util import Partial
 from ml_collections import ConfigDict
 
+from jaxdiff import autoencoding, first_stage, models, objectives, schedules, targets, times, weights
 from jaxdiff import codec as codecs
-from jaxdiff import first_stage, models, objectives, schedules, targets, times, weights
 from jaxdiff.codec import Codec
 from jaxdiff.data import augment as augments
 from jaxdiff.data import either_flip, random_flip
@@ -31,7 +31,18 @@ KEYS: dict[str, tuple[str, ...]] = {
     "": ("seed", "steps", "batch_size", "data_dir"),
     "data": ("name", "split", "shape", "size", "pad", "codec", "latents", "flip", "augment"),
     "model": ("name", "classes"),
-    "process": ("schedule", "target", "draw", "weight", "loss", "data_std", "drop_label"),
+    "process": (
+        "schedule",
+        "target",
+        "draw",
+        "weight",
+        "loss",
+        "data_std",
+        "drop_label",
+        "regulariser",
+        "perceptual",
+        "discriminator",
+    ),
     "optimizer": ("name", "learning_rate", "schedule", "clip"),
     "training": (
         "ema",
@@ -51,13 +62,22 @@ KEYS: dict[str, tuple[str, ...]] = {
 BUILT = {
     "data": ("shape", "codec", "flip"),
     "model": KEYS["model"],
-    "process": ("schedule", "target", "draw", "data_std", "drop_label"),
+    "process": ("schedule", "target", "draw", "data_std", "drop_label", "regulariser"),
 }
 # What only a model that predicts images has a use for: a classifier's config leaves these out.
 PREDICTS = {
     "process": ("target", "weight", "drop_label"),
     "sampling": ("times", "solver", "steps", "max_steps", "guidance", "num", "clip"),
 }
+# What only a model that sees noise, one that predicts images or a classifier, has a use for: an autoencoder's leaves these out.
+DIFFUSES = {
+    "data": ("augment",),
+    "model": ("classes",),
+    "process": ("schedule", "draw", "data_std", *PREDICTS["process"]),
+    "sampling": tuple(name for name in PREDICTS["sampling"] if name != "num"),
+}
+# What only an autoencoder has a use for.
+ENCODES = {"process": ("regulariser", "perceptual", "discriminator")}
 # Keys that a config may leave out, and what that means.
 OPTIONAL = {
     ("data", "pad"): 0,
@@ -65,26 +85,30 @@ OPTIONAL = {
     ("data", "augment"): "",
     ("process", "weight"): "unit",
     ("process", "loss"): "simple",
+    ("process", "perceptual"): "",
+    ("process", "discriminator"): "",
 }
 
 
 class Experiment(NamedTuple):
-    """What a task is: the first four fields are all that training knows of it.
+    """What a task is: the first five fields are all that training knows of it.
 
     `init(key) -> params`. `prepare(extra, key, batch) -> example` draws all that knows no parameters, for the whole batch
     {"image": uint8 [B, H, W, C], "label": int32 [B]} at once: what accumulation then cuts up is the same however many pieces it
     cuts; of latents it may be what `data.latents` keeps of the images, "latent" [B, 1 or 2, h, w, m] in place of "image".
     `loss(params, extra, key, example) -> (loss of each example [B], extra, metrics)`, where metrics hold numbers [] or one a
-    sample [B], and among those "logsnr". `extra` is the initial value of what training carries besides the parameters;
+    sample [B], and among those "logsnr". `extra` is the initial value of what training carries besides the parameters.
+    `settle(key, params, extra) -> (params, extra)` is what a step does to them besides the gradient, after the update: nothing.
     `net(params, cond, key=None) -> Net`, where a key turns dropout on; `schedule(params) -> Schedule`, of None the one before
-    training. `shape` is one image's (H, W, C), of which `codec` may make another. `draw` and `objective` are what the config
-    names. `target` is None where the network is a classifier, whose output is logits [B, classes].
+    training. `shape` is one image's (H, W, C), of which `codec` may make another. `draw` and `objective` are what the config names.
+    `target` is None where the network is a classifier, whose output is logits [B, classes].
     """
 
     init: Callable[[Array], Params]
     prepare: Callable[[Any, Array, dict[str, Array]], dict[str, Any]]
     loss: Callable[[Params, Any, Array, dict[str, Any]], tuple[Array, Any, dict[str, Array]]]
     extra: Any
+    settle: Callable[[Array, Params, Any], tuple[Params, Any]]
     net: Callable[..., Net]
     schedule: Callable[[Params], Schedule]
     target: Target | None
@@ -97,12 +121,14 @@ class Experiment(NamedTuple):
 
 
 def build(config) -> Experiment:
-    """The experiment of a config (its groups `data`, `model` and `process`).
+    """The experiment of a config (its groups `data`, `model` and `process`); of an autoencoder the `autoencoding.Autoencoding`.
 
     Raises InputError for a name, number or combination that cannot work, before anything is compiled.
     """
     check_keys(config, BUILT)
     shape, process = _shape(config), config.process
+    if config.model.name in models.AUTOENCODERS:
+        return autoencoding.build(config, shape)  # type: ignore[return-value]  # to training the two are the same
     codec = first_stage.of_config(config.data.codec)
     latent = _latent(config, codec, shape)
     curve = named(schedules, process.schedule, "process.schedule")
@@ -197,8 +223,26 @@ def build(config) -> Experiment:
 
     extra = draw.init() if isinstance(draw, times.Adaptive) else ()
     return Experiment(
-        init, prepare, loss, extra, net, schedule, target, codec, shape, process.data_std, config.model.classes, draw, objective
+        init,
+        prepare,
+        loss,
+        extra,
+        unchanged,
+        net,
+        schedule,
+        target,
+        codec,
+        shape,
+        process.data_std,
+        config.model.classes,
+        draw,
+        objective,
     )
+
+
+def unchanged(key: Array, params: Params, extra: Any) -> tuple[Params, Any]:
+    """The `settle` of a task whose parameters only the gradient moves."""
+    return params, extra
 
 
 def _density(draw: times.Draw | times.Adaptive) -> Callable[[Array], Array]:
@@ -221,27 +265,29 @@ def optional(config, group: str, name: str) -> Any:
 def check_keys(config, needed: Mapping[str, Sequence[str]] = KEYS) -> None:
     """Raises InputError where a config has a key that is not in KEYS, lacks one that is in `needed`, or its seed is no seed.
 
-    A classifier's neither needs nor may have those in PREDICTS.
+    It neither needs nor may have the keys that are of another kind of model.
     """
     groups = [group for group in KEYS if group]
     _check_group("", config, [*KEYS[""], *groups], [*needed.get("", ()), *filter(None, needed)])
     has_name = isinstance(config.get("model"), ConfigDict) and "name" in config.model
     kind = models.network(config.model.name) if has_name else None
-    if kind is models.AutoencoderKL:
-        raise InputError(
-            "model.name='AutoencoderKL' makes latents and diffuses nothing; jaxdiff.load_codec loads one, and data.codec names it"
-        )
-    classifies = kind is models.Classifier
     for group in groups:
         if group in config:
-            allowed = models.FIELDS if group == "model" else KEYS[group]
-            unused = PREDICTS.get(group, ()) if classifies else ()
+            unused = _unused(kind, group)
+            allowed = [n for n in (models.FIELDS if group == "model" else KEYS[group]) if n not in unused]
             wanted = [n for n in needed.get(group, ()) if (group, n) not in OPTIONAL and n not in unused]
+            for key in [key for key in unused if isinstance(config[group], ConfigDict) and key in config[group]]:
+                raise InputError(f"config key {group}.{key} says nothing to model.name={config.model.name!r}; leave it out")
             _check_group(group, config[group], allowed, wanted)
-            for key in [key for key in config[group] if key in unused]:
-                raise InputError(f"config key {group}.{key} says nothing to model.name='Classifier'; leave it out")
     if "seed" in config and not (whole(config.seed, 0) and config.seed < 2**63):
         raise InputError(f"config.seed={config.seed!r} is out of range; it is a whole number from 0 to 2**63 - 1")
+
+
+def _unused(kind: type | None, group: str) -> tuple[str, ...]:
+    """The keys of a group that say nothing to this kind of network."""
+    if kind is not None and kind.__name__ in models.AUTOENCODERS:
+        return DIFFUSES.get(group, ())
+    return ENCODES.get(group, ()) + (PREDICTS.get(group, ()) if kind is models.Classifier else ())
 
 
 def _check_group(group: str, values: Any, allowed: Sequence[str], needed: Sequence[str]) -> None:

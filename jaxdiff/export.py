@@ -152,6 +152,7 @@ def _without_network(config) -> Experiment:
         prepare=none,
         loss=none,
         extra=none,
+        settle=none,
         net=none,
         schedule=schedule,
         target=named(targets, process.target, "process.target"),

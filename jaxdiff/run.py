@@ -114,7 +114,7 @@ def load_classifier(workdir: str | Path, ema: float | str | None = None, step: i
 
 def _load(workdir: str | Path, ema: float | str | None, step: int | None) -> tuple[ConfigDict, Experiment, Any, int]:
     from jaxdiff.cli import enable_compile_cache
-    from jaxdiff.training import checkpoint, posthoc  # brings Orbax, which drawing from parameters at hand does not need
+    from jaxdiff.training import checkpoint  # brings Orbax, which drawing from parameters at hand does not need
 
     enable_compile_cache()
     step, config, bad = checkpoint.restore_meta(workdir, step)
@@ -124,15 +124,20 @@ def _load(workdir: str | Path, ema: float | str | None, step: int | None) -> tup
         raise InputError(f"{workdir} holds an autoencoder, which draws no images; jaxdiff.load_codec loads it, as a codec")
     config.data.codec = first_stage.found(config.data.codec, workdir)
     experiment = build(config)
+    return config, experiment, restored(workdir, config, jax.eval_shape(experiment.init, jax.random.key(0)), ema, step), step
+
+
+def restored(workdir: str | Path, config, shapes: Any, ema: float | str | None, step: int) -> Any:
+    """The averaged parameters of that step, of these shapes, on every device; `ema` names the average as for `load`."""
+    from jaxdiff.training import checkpoint, posthoc
+
     everywhere = meshes.replicated(meshes.make_mesh((-1, 1)))
-    params = jax.eval_shape(experiment.init, jax.random.key(0))
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), params)
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), shapes)
     kept = {str(name): abstract for name in config.training.ema}
     if ema is None or str(ema) in kept:
         name = average(config) if ema is None else str(ema)
-        return config, experiment, checkpoint.restore_ema(workdir, step, kept)[name], step
-    averaged = posthoc.reconstruct(workdir, config, abstract, ema, step)
-    return config, experiment, jax.device_put(averaged, everywhere), step
+        return checkpoint.restore_ema(workdir, step, kept)[name]
+    return jax.device_put(posthoc.reconstruct(workdir, config, abstract, ema, step), everywhere)
 
 
 def average(config) -> str:
@@ -429,7 +434,7 @@ def check(config, experiment: Experiment) -> None:
     for name in ("num", "batch_size"):
         if name in config.sampling and config.sampling[name] < 1:
             raise InputError(f"sampling.{name}={config.sampling[name]} is out of range; it is at least 1")
-    if experiment.target is None:  # nothing is drawn
+    if getattr(experiment, "target", None) is None:  # a classifier or an autoencoder: nothing is drawn
         return
     grid(config, experiment, None, config.sampling.steps)
     label, guidance = (0, config.sampling.guidance) if experiment.classes else (None, 1.0)

@@ -114,7 +114,7 @@ def batch_at(
     taken = np.empty((len(rows), *latents.parts[0].shape[1:]), np.float16)
     for i in np.unique(rows // each):
         here = rows // each == i
-        # A plain view: indexing np.memmap itself pays for its subclass. And not `take`, which would write out what is blank.
+        # A plain view: indexing np.memmap itself pays for its subclass.
         taken[here] = np.asarray(latents.parts[i])[rows[here] - i * each]
     return {"latent": taken, "label": latents.labels[rows]}
 

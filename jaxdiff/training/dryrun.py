@@ -17,6 +17,7 @@ from jaxdiff import mesh as meshes
 from jaxdiff.codec import Codec
 from jaxdiff.data import latents
 from jaxdiff.training import hardware
+from jaxdiff.training.state import DISCRIMINATOR
 
 
 def report(config, mesh, step, key, shapes, shardings, batch, say: Callable[[str], None]) -> None:
@@ -57,7 +58,7 @@ def report(config, mesh, step, key, shapes, shardings, batch, say: Callable[[str
 
 def blocks(params: Any) -> str:
     """A table of the parameters by block: name, arrays, numbers, share."""
-    params = params.get("params", params)
+    params = {**params.get("params", params), **{name: part for name, part in params.items() if name == DISCRIMINATOR}}
     rows = [(name, jax.tree.leaves(block)) for name, block in params.items()]
     counts = {name: sum(int(np.prod(a.shape)) for a in leaves) for name, leaves in rows}
     total = sum(counts.values())

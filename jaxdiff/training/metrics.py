@@ -61,14 +61,14 @@ def silent() -> Writer:
 def summary(told: list[dict[str, np.ndarray]]) -> dict[str, Any]:
     """One row of metrics from those of several steps: means, the number of skipped steps, the loss by noise level.
 
-    "loss_by_logsnr" has a number for each bin of LOGSNR_EDGES, None where no example fell. Steps that were skipped count only as
-    "skipped".
+    "loss_by_logsnr", where steps told the noise level, has a number for each bin of LOGSNR_EDGES, None where no example fell. Steps
+    that were skipped count only as "skipped".
     """
     good = [values for values in told if values["finite"]]
     row: dict[str, Any] = {}
     for name in [n for n in told[0] if n not in ("finite", "worst_logsnr", "level_loss", "level_count")]:
         row[name] = float(np.mean([float(values[name]) for values in good])) if good else float("nan")
-    if good:
+    if good and "level_loss" in told[0]:
         loss, count = (np.sum([values[name] for values in good], axis=0) for name in ("level_loss", "level_count"))
         row["loss_by_logsnr"] = [float(s / n) if n else None for s, n in zip(loss, count)]
     if len(good) < len(told):

@@ -17,6 +17,8 @@ from jaxdiff.training import averages
 Array = jax.Array
 Step = Callable[[Array, "TrainState", dict[str, Array]], tuple["TrainState", dict[str, Array]]]
 
+# The second player of an adversarial loss: parameters beside the network's, of no use once training is done.
+DISCRIMINATOR = "discriminator"
 # The loss is told apart by noise level: bins of logsnr 2 wide, the first and the last open.
 LOGSNR_EDGES = np.arange(-12.0, 13.0, 2.0)
 
@@ -34,8 +36,9 @@ class TrainState(NamedTuple):
 def make_optimizer(config) -> optax.GradientTransformation:
     """The optimizer of a config's `optimizer` group: optax names, the schedule a factor on `learning_rate`, global-norm `clip`.
 
-    A clip of 0 is none. Weight decay leaves a learned schedule alone: its ends are noise levels, and zero is none better than
-    another. Raises InputError for a name optax does not have, or arguments it does not take.
+    A clip of 0 is none; a discriminator's gradient has a norm of its own. Weight decay leaves alone a learned schedule, whose ends
+    are noise levels, and a codebook, whose codes are where outputs of the encoder are: zero is none better than another. Raises
+    InputError for a name optax does not have, or arguments it does not take.
     """
     if not config.learning_rate > 0:
         raise InputError(f"optimizer.learning_rate={config.learning_rate} is not positive")
@@ -57,22 +60,42 @@ def make_optimizer(config) -> optax.GradientTransformation:
     if not isinstance(update, optax.GradientTransformation):
         raise InputError(f"optimizer.name={config.name!r} is not an optimizer")
     # Without a clip the state has the same shape, so that a run may go on with another one.
-    return optax.chain(optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(), update)
+    return optax.chain(_clip(config.clip) if config.clip else optax.identity(), update)
+
+
+def _clip(most: float) -> optax.GradientTransformation:
+    """Global-norm clipping of each player apart. It carries nothing, as `optax.clip_by_global_norm`, unlike `optax.partition`."""
+    clip = optax.clip_by_global_norm(most)
+
+    def update(updates, state, params=None):
+        network, discriminator = _network(updates), _discriminator(updates)
+        clipped, _ = clip.update(network, state)
+        return clipped | (clip.update(discriminator, state)[0] if discriminator else {}), state
+
+    return optax.GradientTransformation(clip.init, update)
+
+
+def _network(params: dict[str, Any]) -> dict[str, Any]:
+    return {name: part for name, part in params.items() if name != DISCRIMINATOR}
+
+
+def _discriminator(params: dict[str, Any]) -> dict[str, Any]:
+    return {name: part for name, part in params.items() if name == DISCRIMINATOR}
 
 
 def _decayed(params: Any) -> Any:
-    """Which parameters weight decay acts on: all but those of a learned schedule, which stand beside the network's."""
-    schedule = (jax.tree_util.DictKey("schedule"),)
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[:1] != schedule, params)
+    """Which parameters weight decay acts on: all but a codebook and, beside the network's, a learned schedule's."""
+    schedule, codebook = (jax.tree_util.DictKey(name) for name in ("schedule", "codebook"))
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[:1] != (schedule,) and path[1:] != (codebook,), params)
 
 
 def init_state(
     experiment: Experiment, optimizer: optax.GradientTransformation, names: Sequence[float | str], key: Array
 ) -> TrainState:
-    """The state before the first step; every average (`averages.named`) starts at the parameters."""
+    """The state before the first step; every average (`averages.named`) starts at the parameters, and has no discriminator."""
     params = experiment.init(key)
     # Copies: the step donates its state, and a buffer may be donated only once.
-    ema = {str(name): jax.tree.map(jnp.copy, params) for name in names}
+    ema = {str(name): jax.tree.map(jnp.copy, _network(params)) for name in names}
     return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), experiment.extra)
 
 
@@ -80,11 +103,13 @@ def make_step(experiment: Experiment, optimizer: optax.GradientTransformation, a
     """The function (key, state, batch) -> (state, metrics): DDPM algorithm 1 with an optax update.
 
     `accumulate` cuts the batch into that many pieces, whose gradients are averaged before the one update. The step folds its
-    number into the one key, so a resumed run draws what the uninterrupted one would have drawn. A step whose loss, gradient or
-    update is not finite leaves everything but the step's number as it was.
+    number into the one key, so a resumed run draws what the uninterrupted one would have drawn. After the update the experiment
+    settles what it will, which the averages then see. A step whose loss, gradient or update is not finite leaves everything but the
+    step's number as it was.
 
-    Metrics: "loss", "grad_norm", "finite" (bool), the experiment's own, the sums and counts of the loss by noise level
-    ("level_loss", "level_count", one a bin of LOGSNR_EDGES), and "worst_logsnr", where the loss is largest or not finite.
+    Metrics: "loss", "grad_norm", "finite" (bool), the experiment's own, and where those say each sample's logsnr, the sums and
+    counts of the loss by noise level ("level_loss", "level_count", one a bin of LOGSNR_EDGES), and "worst_logsnr", where the loss
+    is largest or not finite.
     """
 
     def mean_loss(params, extra, key, example):
@@ -111,18 +136,20 @@ def make_step(experiment: Experiment, optimizer: optax.GradientTransformation, a
         return (each.mean(), (each, extra, metrics)), jax.tree.map(lambda g: g / accumulate, total)
 
     def step(key: Array, state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
-        k_prepare, k_loss = jax.random.split(jax.random.fold_in(key, state.step))
+        k_step = jax.random.fold_in(key, state.step)
+        (k_prepare, k_loss), k_settle = jax.random.split(k_step), jax.random.fold_in(k_step, 2)
         example = experiment.prepare(state.extra, k_prepare, batch)
         (loss, (each, extra, metrics)), grads = accumulated(state.params, state.extra, k_loss, example)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = {name: _average(name, state.step, average, params) for name, average in state.ema.items()}
+        params, extra = experiment.settle(k_settle, optax.apply_updates(state.params, updates), extra)
+        ema = {name: _average(name, state.step, average, _network(params)) for name, average in state.ema.items()}
         grad_norm = _norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(_norm(updates))
         after = TrainState(state.step, params, ema, opt_state, extra)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
         means = {name: value.mean() for name, value in metrics.items() if name != "logsnr"}
-        told = {"loss": loss, "grad_norm": grad_norm, "finite": finite, **means, **_by_level(each, metrics["logsnr"])}
+        levels = _by_level(each, metrics["logsnr"]) if "logsnr" in metrics else {}
+        told = {"loss": loss, "grad_norm": grad_norm, "finite": finite, **means, **levels}
         return kept._replace(step=state.step + 1), told
 
     return step
@@ -130,7 +157,7 @@ def make_step(experiment: Experiment, optimizer: optax.GradientTransformation, a
 
 def ema_distance(state: TrainState, name: str) -> Array:
     """How far the parameters are from their average `name`, as a share of the average's own norm, []."""
-    return _norm(jax.tree.map(jnp.subtract, state.params, state.ema[name])) / _norm(state.ema[name])
+    return _norm(jax.tree.map(jnp.subtract, _network(state.params), state.ema[name])) / _norm(state.ema[name])
 
 
 def _norm(tree: Any) -> Array:
