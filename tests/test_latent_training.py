@@ -274,6 +274,21 @@ def test_a_folder_for_latents_needs_a_codec_that_makes_some():
         experiment.build(c)
 
 
+def test_a_workdir_that_is_not_whole_or_of_another_model_is_told_in_one_line(tmp_path):
+    config, model = first("kl")
+    params = params_of(model)
+    without = {"params": {name: value for name, value in params["params"].items() if name != "quant_conv"}}
+    for name, c, averages, text in (
+        ("other", first("kl", channels=16)[0], {"0.0": params}, "is of another model"),
+        ("part", config, {"0.0": without}, r"\['quant_conv'\]\['bias'\] is missing"),
+        ("average", config, {"0.5": params}, "is missing"),
+    ):
+        write(tmp_path / name, c, averages)
+        with pytest.raises(InputError, match=text) as caught:
+            jd.load_codec(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [

@@ -275,13 +275,21 @@ def restore_ema(workdir, step: int, abstract: dict[str, Any], folder: str = FOLD
 
 
 def restore_some(workdir, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
-    """`restore_ema` of what `abstract` names alone: other averages, and other collections of one, are not read."""
+    """`restore_ema` of what `abstract` names alone: other averages, and other collections of one, are not read.
+
+    Raises InputError where an array is not there, or has another shape.
+    """
     import orbax.checkpoint as ocp
 
     def read(item: epath.Path) -> dict[str, Any]:
         places = ocp.checkpoint_utils.construct_restore_args(abstract)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            return reader.restore(item, args=ocp.args.PyTreeRestore(abstract, places, partial_restore=True))
+            found = reader.restore(item, args=ocp.args.PyTreeRestore(abstract, places, partial_restore=True))
+        # What is not there Orbax leaves as it was asked for.
+        absent = [path for path, leaf in jax.tree_util.tree_leaves_with_path(found) if not isinstance(leaf, jax.Array)]
+        if absent or jax.tree.structure(found) != jax.tree.structure(abstract):  # type: ignore[operator]
+            raise ValueError(f"{jax.tree_util.keystr(absent[0]) if absent else 'an array'} is missing")
+        return found
 
     return _told(place(workdir) / FOLDER / str(step) / "ema", read)
 
