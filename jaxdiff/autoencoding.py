@@ -114,13 +114,13 @@ def normal_kl(mean: Array, logvar: Array) -> Array:
 def hinge(real: Array, fake: Array) -> Array:
     """The discriminator's loss of each image, [B], from its logits [B, ...] of real images and of reconstructions.
 
-    Source: Lim and Ye 2017, eq. 8, half of it as in VQGAN's public code.
+    Source: Lim and Ye 2017 (geometric GAN); half of it, as in VQGAN's public code.
     """
     return 0.5 * (jax.nn.relu(1 - real) + jax.nn.relu(1 + fake)).mean(_entries(real))
 
 
 def generator(fake: Array) -> Array:
-    """The autoencoder's adversarial loss of each image, [B], from the logits [B, ...] of reconstructions: Lim and Ye's eq. 9."""
+    """The autoencoder's adversarial loss of each image, [B], from the logits [B, ...] of reconstructions. Source: as `hinge`."""
     return -fake.mean(_entries(fake))
 
 

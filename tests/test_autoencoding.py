@@ -613,11 +613,14 @@ def test_train_go_on_show_and_evaluate(tmp_path):
     assert again["value"] == pytest.approx(row["value"], rel=1e-3) and again["n"] == 299
 
     for args, said in (
-        (["sample.py"], "holds an autoencoder, which draws no images"),
-        (["train.py", *FLAGS, "--config.process.loss=l1"], "holds another experiment: its process.loss is 'l2', now 'l1'"),
-        (["train.py", *FLAGS, "--config.data.shape=15,16,1"], "does not fit 2 levels of model.multipliers"),
+        (["sample.py", f"--workdir={parts}"], "holds an autoencoder, which draws no images"),
+        (["train.py", *FLAGS, "--config.process.loss=l1", f"--workdir={parts}"], "its process.loss is 'l2', now 'l1'"),
+        (
+            ["train.py", *FLAGS, "--config.data.shape=15,16,1", f"--workdir={tmp_path}/new"],
+            "each size of an image must be divisible",
+        ),
     ):
-        refused = script(*args, f"--workdir={parts}")
+        refused = script(*args)
         assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and said in refused.stderr, refused.stderr
 
 

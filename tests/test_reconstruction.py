@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_autoencoding import batch_of, config, saved
+from test_autoencoding import batch_of, config, saved, two_convolutions
 from test_evaluate_metrics import call, evaluate, told
 
 import jaxdiff as jd
@@ -13,7 +13,7 @@ from jaxdiff import mesh as meshes
 from jaxdiff.errors import InputError
 from jaxdiff.evaluation import reconstruction
 
-assert call and evaluate  # fixtures, which find the workdir of this file
+assert call and evaluate and two_convolutions  # fixtures; the first finds the workdir of this file
 
 
 def images(n=3, size=16, channels=1, seed=0):
