@@ -14,6 +14,7 @@ import jaxdiff as jd
 from jaxdiff import data, experiment, models, training
 from jaxdiff import run as runs
 from jaxdiff.errors import InputError
+from jaxdiff.interop import unet2d
 from jaxdiff.models import parts
 from jaxdiff.models.unet import UNet
 
@@ -271,6 +272,14 @@ def test_a_config_names_them():
             "model.context='Tokens' is heard by no attention; set model.attend to Spatial",
         ),
         ({"context": "LabelTokens"}, "model.context='LabelTokens' says a label, and model.classes=0 knows none; set model.classes"),
+        (
+            {"attend": "SpatialTransformer(width=3)"},
+            "model.attend: width=3 does not divide the channels where attention is; allowed: 1",
+        ),
+        (
+            {"middle_attend": "Attention(width=0.5)"},
+            "model.middle_attend: width=0.5 does not divide the channels where attention is",
+        ),
         ({"attend": "SpatialTransformer(depth=0)"}, "model.attend: depth=0 is out of range; it is a whole number, at least 1"),
         ({"middle_attend": "SpatialTransformer(depth=1.5)"}, "model.middle_attend: depth=1.5 is out of range"),
     ],
@@ -279,6 +288,27 @@ def test_what_cannot_be_is_refused_in_one_line(fields, said):
     with pytest.raises(InputError) as error:
         built(**fields)
     assert str(error.value).startswith(said) and "\n" not in str(error.value)
+
+
+def test_networks_without_a_context_may_have_the_part_too():
+    """A classifier, which reads no condition, and an autoencoder's middle: both attentions look at the image."""
+    x = jnp.zeros((1, 8, 8, 3))
+    classifier = built(name="Classifier", classes=2)
+    params = shapes(classifier, x)
+    assert params["params"]["middle_attention"]["block0"]["cross_attention"]["k"]["kernel"].shape == (8, 8)
+    assert jax.eval_shape(classifier.apply, params, x, jnp.zeros(())).shape == (1, 2)
+    first = models.build(
+        ConfigDict({"name": "AutoencoderKL", "channels": 8, "multipliers": (1,), "middle_attend": "SpatialTransformer"})
+    )
+    params = jax.eval_shape(first.init, jax.random.key(0), x)
+    assert "block0" in params["params"]["encoder"]["middle_attention"]
+
+
+def test_a_network_that_hears_sequences_is_no_unet2dmodel():
+    c = labelled()
+    params = jax.eval_shape(experiment.build(c).init, jax.random.key(0))
+    with pytest.raises(InputError, match=r"model\.attend='SpatialTransformer' cannot be exported; allowed: Attention"):
+        unet2d.settings(c, params)
 
 
 def labelled(**changes):

@@ -65,27 +65,34 @@ def _check_heads(model: UNet | Classifier) -> None:
     # The middle, at the last level, has attention too.
     levels = model.multipliers
     common = math.gcd(*(model.channels * levels[level] for level in (*model.attention, len(levels) - 1)))
+    divisors = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
     if common % model.heads:
-        divisors = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
         raise InputError(f"model.heads={model.heads} does not divide the channels where attention is; allowed: {divisors}")
+    for role, part in _attends(model).items():
+        width, depth = _numbers(part).get("width", 0), _numbers(part).get("depth", 1)
+        if not whole(width, 0) or (width and common % width):
+            raise InputError(f"model.{role}: width={width!r} does not divide the channels where attention is; allowed: {divisors}")
+        if not whole(depth, 1):
+            raise InputError(f"model.{role}: depth={depth!r} is out of range; it is a whole number, at least 1")
 
 
 def _check_sequence(model: UNet | Classifier) -> None:
-    """Raises InputError where a sequence is said that nothing hears, or numbers of what says or hears it cannot be."""
-    attends = {role: part for role in ("attend", "middle_attend") if (part := getattr(model, role)) is not None}
-    for role, part in attends.items():
-        if not whole(_numbers(part).get("depth", 1), 1):
-            raise InputError(f"model.{role}: depth={_numbers(part)['depth']!r} is out of range; it is a whole number, at least 1")
+    """Raises InputError where a sequence is said that nothing hears, or that cannot be."""
     context = getattr(model, "context", None)
     if context is None:
         return
     name = f"model.context={_kind(context).__name__!r}"
     if not whole(_numbers(context).get("width", 1), 1):
         raise InputError(f"{name}: width={_numbers(context)['width']!r} is out of range; it is a whole number, at least 1")
-    if not any(_kind(part) is SpatialTransformer for part in attends.values()):
+    if not any(_kind(part) is SpatialTransformer for part in _attends(model).values()):
         raise InputError(f"{name} is heard by no attention; set model.attend to SpatialTransformer, or leave it out")
     if _kind(context).says_label and not model.classes:
         raise InputError(f"{name} says a label, and model.classes=0 knows none; set model.classes, or leave it out")
+
+
+def _attends(model: Any) -> dict[str, Any]:
+    """The parts of attention by role."""
+    return {role: part for role in ("attend", "middle_attend") if (part := getattr(model, role)) is not None}
 
 
 def _kind(part: Any) -> Any:
