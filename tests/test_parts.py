@@ -254,14 +254,20 @@ def built(**fields):
     return models.build(ConfigDict({"name": "UNet", "channels": 8, "multipliers": (1,), "attention": ()} | fields))
 
 
+def owner(role, **fields):
+    """A network that has a part of this role."""
+    if role in ("places", "qk_norm", "rotate"):
+        return models.build(ConfigDict({"name": "DiT"} | fields))
+    whose = {"pool": {"name": "Classifier", "classes": 2}, "context": {"attend": "SpatialTransformer", "classes": 2}}
+    return built(**whose.get(role, {}), **fields)
+
+
 def test_parts_are_named_in_configs_and_may_hold_numbers():
     assert set(models.__all__) == {*models.NETWORKS, *(part.__name__ for row in models.PARTS.values() for part in row)}
     for role, row in models.PARTS.items():
-        whose = {"name": "Classifier", "classes": 2} if role == "pool" else {}
-        whose |= {"attend": "SpatialTransformer", "classes": 2} if role == "context" else {}
         for part in row:
-            assert getattr(built(**whose, **{role: part.__name__}), role) is part
-            assert getattr(built(**whose, **{role: f"{part.__name__}()"}), role) is part
+            for text in (part.__name__, f"{part.__name__}()"):
+                assert getattr(owner(role, **{role: text}), role) is part
     model = built(time="Sinusoidal(rate=0.125)", enter="FourierEnter(low=3, high=5)")
     close(model.time(4).apply({}, jnp.ones(1)), parts.Sinusoidal(4, 0.125).apply({}, jnp.ones(1)))
     assert shapes(model, jnp.zeros((1, 4, 4, 3)))["params"]["conv_in"]["kernel"].shape[2] == 3 + 3 * 2 * 3
