@@ -97,7 +97,9 @@ def test_a_state_is_made_where_it_fits_and_nowhere_else(limit, monkeypatch):
     monkeypatch.setattr(hardware, "memory", lambda device: limit)
     monkeypatch.setattr(dryrun, "pace", lambda *args: made.append(args) or 1.0)
     shardings = meshes.state_shardings(mesh, state)
-    dryrun.report(c, mesh, step, jax.random.key(0), state, shardings, dryrun.batch_shapes(c, built.codec, mesh), said.append)
+    dryrun.report(
+        c, mesh, step, jax.random.key(0), state, shardings, dryrun.batch_shapes(c, experiment.build(c).codec, mesh), said.append
+    )
     assert bool(made) == bool(limit) == any("it fits" in line for line in said)
     assert any("DOES NOT FIT" in line for line in said) == (not limit)
 
