@@ -27,7 +27,9 @@ def get_config() -> ConfigDict:
         split="train",
         shape=(256, 256, 3),
         size=256,
+        pad=0,
         codec="autoencoder('runs/sd_vae')",
+        latents="",
         flip=True,
         augment="",
     )
