@@ -1,9 +1,9 @@
 """The transformers of the papers as configs: their settings, where their state lies, and a dry run without data."""
 
 import jax
-import latents
 import numpy as np
 import pytest
+import sd_latents
 from jax.sharding import AbstractMesh, AxisType
 from test_configs import load
 
@@ -17,7 +17,7 @@ XL = {"dit_xl_2": 674_834_720, "sit_xl_2": 674_816_272}
 @pytest.fixture(scope="module")
 def codec(tmp_path_factory):
     """What data.codec names a first stage by whose latents have the shape of Stable Diffusion's."""
-    return latents.write(tmp_path_factory.mktemp("runs") / "sd_vae")
+    return sd_latents.write(tmp_path_factory.mktemp("runs") / "sd_vae")
 
 
 def config(name, codec, **model):

@@ -1,6 +1,6 @@
 """A tiny autoencoder of random weights whose latents have the shape of Stable Diffusion's, written as a workdir:
 
-python tests/latents.py WORKDIR      # to try configs/dit_xl_2.py without the real one: --config.data.codec="autoencoder('WORKDIR')"
+python tests/sd_latents.py WORKDIR      # to try configs/dit_xl_2.py: --config.data.codec="autoencoder('WORKDIR')"
 """
 
 import sys
