@@ -289,7 +289,7 @@ def build(config, shape: tuple[int, ...]) -> Autoencoding:
         return params | {"params": params["params"] | {"codebook": codes}}, extra | {"usage": usage}
 
     def codec(params: Params) -> Codec:
-        return first_stage.codec_of(model, {"params": params["params"]}, pixel, 1.0 if model.scale is None else model.scale)
+        return first_stage.codec_of(model, {"params": params["params"]}, pixel, model.scale)
 
     extra: dict[str, Any] = {"step": jnp.zeros((), jnp.int32)}
     extra |= {} if perceptual is None else {"perceptual": perceptual.weights}

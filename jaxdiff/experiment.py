@@ -71,7 +71,7 @@ PREDICTS = {
 }
 # What only a model that sees noise, one that predicts images or a classifier, has a use for: an autoencoder's leaves these out.
 DIFFUSES = {
-    "data": ("augment",),
+    "data": ("augment", "latents"),
     "model": ("classes",),
     "process": ("schedule", "draw", "data_std", *PREDICTS["process"]),
     "sampling": tuple(name for name in PREDICTS["sampling"] if name != "num"),
