@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
         shape=(256, 256, 3),
         size=256,
         codec="autoencoder('runs/sd_vae')",
+        latents="",
         flip=True,
         augment="",
     )
