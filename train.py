@@ -98,6 +98,8 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
     config.data.codec = _measured(asked, experiment.codec, dataset, stored)
     if config.data.codec != asked:
         experiment = _built(config, workdir)
+    if stored is not None:
+        experiment = experiment._replace(codec=first_stage.on(experiment.codec, mesh))
 
     at = functools.partial(data.batch_at, dataset) if stored is None else functools.partial(latents.batch_at, stored)
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.tree_util import Partial
 
 from jaxdiff import checks, codebook, models, shards
@@ -173,6 +174,15 @@ def of_config(text: str) -> Codec:
 def is_latent(codec: Codec) -> bool:
     """Whether a codec gives latents and not pixels."""
     return getattr(codec, "stage", None) is not None
+
+
+def on(codec: Codec, mesh: Mesh) -> Codec:
+    """The codec of latents for arrays on `mesh`, whose shape may put the devices in another order than that it was loaded onto."""
+    held = getattr(jax.tree.leaves(codec.decode)[0].sharding, "mesh", mesh)
+    if [*held.devices.flat] == [*mesh.devices.flat]:
+        return codec
+    encode, decode = (jax.device_put(way, meshes.replicated(mesh)) for way in (codec.encode, codec.decode))
+    return codec._replace(encode=encode, decode=decode)
 
 
 def facts(codec: Codec) -> list[Any]:

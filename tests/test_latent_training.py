@@ -1,8 +1,11 @@
 """From an autoencoder's workdir to a trained diffusion of its latents: what is prepared, measured, kept and refused."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import jax
@@ -235,6 +238,39 @@ def test_samples_of_another_first_stage_are_refused(stage, caches, tmp_path):
         with pytest.raises(InputError, match=said) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_samples_on_devices_in_another_order_are_decoded():
+    """As on a TPU, where JAX orders the devices of a mesh by its shape."""
+    script = """
+        import jax, numpy as np
+        from jax.sharding import AxisType, Mesh
+        from test_latents import codec, first_stage, models, parameters, SMALL
+        from jaxdiff import mesh as meshes
+        devices, kind = np.array(jax.devices()), {"axis_types": (AxisType.Auto,) * 2}
+        loaded = Mesh(devices.reshape(4, 1), meshes.AXES, **kind)
+        trained = Mesh(devices[[0, 1, 3, 2]].reshape(1, 4), meshes.AXES, **kind)
+        model = models.AutoencoderKL(**SMALL)
+        params = parameters(model)
+        want = first_stage.codec_of(model, params, codec.pixels())
+        made = first_stage.codec_of(model, jax.device_put(params, meshes.replicated(loaded)), codec.pixels())
+        z = np.random.default_rng(0).standard_normal((4, 4, 4, 2)).astype(np.float32)
+        there = jax.device_put(z, meshes.split(trained))
+        try:
+            made.decode(there)
+        except ValueError as error:
+            assert "incompatible devices" in str(error), error
+        else:
+            raise SystemExit("nothing to put right")
+        got = first_stage.on(made, trained).decode(there)
+        assert np.abs(np.asarray(got, int) - np.asarray(want.decode(z), int)).max() <= 1
+        assert first_stage.on(made, loaded) is made
+    """
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu", "NPROC": "16"}
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 
 def test_what_is_measured_is_written_into_the_codecs_text(stage):
