@@ -83,7 +83,7 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
         _same_experiment(workdir, went_on, config)
     asked = config.data.codec
     config.data.codec = first_stage.provisional(asked)
-    experiment = experiments.build(config)
+    experiment = _built(config, workdir)
     runs.check(config, experiment)
     key = jax.random.key(config.seed)
     if dry_run:  # of shapes alone: the data need not be there
@@ -97,7 +97,9 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
     stored = _latents(config, experiment, dataset) if first_stage.is_latent(experiment.codec) else None
     config.data.codec = _measured(asked, experiment.codec, dataset, stored)
     if config.data.codec != asked:
-        experiment = experiments.build(config)
+        experiment = _built(config, workdir)
+    if stored is not None:
+        experiment = experiment._replace(codec=first_stage.on(experiment.codec, mesh))
 
     at = functools.partial(data.batch_at, dataset) if stored is None else functools.partial(latents.batch_at, stored)
 
@@ -215,6 +217,13 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
         say(f"stopped by a preemption notice at step {done}, saved; the same command goes on from there")
     else:
         say(f"done: step {done}, {time.time() - start:.0f} s; {then}")
+
+
+def _built(config, workdir):
+    """The experiment, with the first stage that lies inside the workdir where one does, as `jaxdiff.load` finds it."""
+    here = config.copy_and_resolve_references()
+    here.data.codec = first_stage.found(config.data.codec, workdir)
+    return experiments.build(here)
 
 
 def _programs(config, experiment, optimizer, mesh):

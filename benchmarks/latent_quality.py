@@ -70,7 +70,7 @@ def main() -> None:
     if lost := [name for name in ("workdir", "classifier") if FLAGS[name].value is None]:
         raise jd.InputError(f"--{lost[0]}=DIR is missing")
     run, network, judge = jd.load(FLAGS.workdir), features.classifier(FLAGS.classifier), jd.load_classifier(FLAGS.classifier)
-    real = data.load(judge.config.data.name, "test", FLAGS.data_dir or judge.config.data_dir or None)
+    real = data.of_config(judge.config, "test", FLAGS.data_dir)
     right = float(np.mean(says(network, real.images) == real.labels))
     print(f"judge: right on {percent(right, len(real.labels))} of the {len(real.labels)} real held-out images\n")
     labels = np.arange(FLAGS.num) % run.config.model.classes

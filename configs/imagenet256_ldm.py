@@ -29,6 +29,7 @@ def get_config() -> ConfigDict:
         shape=(256, 256, 3),
         size=256,
         codec="autoencoder('runs/imagenet256_kl')",
+        latents="",
         flip=False,
         augment="",
     )

@@ -71,7 +71,7 @@ PREDICTS = {
 }
 # What only a model that sees noise, one that predicts images or a classifier, has a use for: an autoencoder's leaves these out.
 DIFFUSES = {
-    "data": ("augment", "latents"),
+    "data": ("latents", "augment"),
     "model": ("classes",),
     "process": ("schedule", "draw", "data_std", *PREDICTS["process"]),
     "sampling": tuple(name for name in PREDICTS["sampling"] if name != "num"),
@@ -143,9 +143,10 @@ def build(config) -> Experiment:
     start = curve if learns is None else learns.at(learns.init(jax.random.key(0)))
     _check(config, model, objective, start, target, draw, weight)
     _check_sizes(config, model, objective, latent)
+    folder = _folder(config)
     if first_stage.is_latent(codec):
         _check_latent(config, objective)
-    elif folder := optional(config, "data", "latents"):
+    elif folder:
         raise InputError(f"data.latents={folder!r} keeps latents, and data.codec={config.data.codec!r} makes none; leave it out")
     _check_objective(config, objective, start, target, draw, learns)
     lo, hi = (-LOGSNR_LIMIT, LOGSNR_LIMIT) if learns else _logsnr_range(process, start, draw)
@@ -420,6 +421,14 @@ def _check_sizes(config, model: models.Network, objective: Objective, latent: tu
             f"model.out_channels={model.out_channels!r} is not what process.loss={optional(config, 'process', 'loss')!r} needs; "
             f"allowed: None, {channels} ({objective.outputs} for each of the {latent[-1]} channels of data.shape{encoded})"
         )
+
+
+def _folder(config) -> str:
+    """data.latents. Raises InputError for what names no folder of a local disk."""
+    folder = optional(config, "data", "latents")
+    if not isinstance(folder, str) or "://" in folder:
+        raise InputError(f"data.latents={folder!r} is not the name of a folder on a disk; '' is one of jaxdiff's cache")
+    return folder
 
 
 def _check_latent(config, objective: Objective) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.tree_util import Partial
 
 from jaxdiff import checks, codebook, models, shards
@@ -61,7 +62,7 @@ def autoencoder(
     digest: str | None = None,
     tile: int = 0,
 ) -> Codec:
-    """The codec of the autoencoder in `workdir`, as `load_codec`, kept for the next call while no newer checkpoint is there.
+    """The codec of the autoencoder in `workdir`, as `load_codec`, kept for the next call while its newest checkpoint is the same.
 
     Raises InputError where the parameters have another `digest` than the one given.
     """
@@ -70,7 +71,7 @@ def autoencoder(
     if not checkpoint.place(workdir).is_dir():
         raise InputError(f"data.codec names a first stage {workdir}, which is neither in the run's workdir nor in {Path.cwd()}")
     shift, spread = (None if each is None else tuple(each) for each in (mean, std))
-    made = _kept(str(checkpoint.place(workdir)), checkpoint.newest(workdir), scale, shift, spread, tile)
+    made = _kept(str(checkpoint.place(workdir)), checkpoint.written(workdir), scale, shift, spread, tile)
     if digest is not None and made.stage.digest != digest:
         raise InputError(
             f"data.codec: the autoencoder in {workdir} has the digest {made.stage.digest[:16]}, and this run was trained with one "
@@ -175,6 +176,15 @@ def is_latent(codec: Codec) -> bool:
     return getattr(codec, "stage", None) is not None
 
 
+def on(codec: Codec, mesh: Mesh) -> Codec:
+    """The codec of latents for arrays on `mesh`, whose shape may put the devices in another order than that it was loaded onto."""
+    held = getattr(jax.tree.leaves(codec.decode)[0].sharding, "mesh", mesh)
+    if [*held.devices.flat] == [*mesh.devices.flat]:
+        return codec
+    encode, decode = (jax.device_put(way, meshes.replicated(mesh)) for way in (codec.encode, codec.decode))
+    return codec._replace(encode=encode, decode=decode)
+
+
 def facts(codec: Codec) -> list[Any]:
     """What a picture decoded by an autoencoder depends on, as JSON: what it has learnt, and its tiles."""
     return [shards.digest(codec.decode), codec.stage.tile]
@@ -222,32 +232,26 @@ def measured(text: str, codec: Codec, statistics: tuple[np.ndarray, np.ndarray] 
 
 
 def kept(text: str, before: str) -> str:
-    """`before`, what an earlier start of the run measured, where it is of the codec that `text` asks to measure; else `text`."""
-    return before if _unmeasured(text) == _unmeasured(before) and not _says(text) else text
-
-
-def _unmeasured(text: str) -> str:
-    function, args, kwargs = parse(sys.modules[__name__], text, "data.codec")
-    if function is standardised:
-        return "standardised"
-    return _text(args, {name: value for name, value in kwargs.items() if name not in MEASURED}) if function is autoencoder else text
-
-
-def _says(text: str) -> bool:
-    """Whether a text says itself what would be measured."""
-    function, args, kwargs = parse(sys.modules[__name__], text, "data.codec")
-    return bool(args or kwargs) if function is standardised else any(name in kwargs for name in MEASURED)
+    """`before`, what an earlier start wrote, where it says all that `text` says and besides only what is measured; else `text`."""
+    (codec, args, says), (was, before_args, said) = (parse(sys.modules[__name__], each, "data.codec") for each in (text, before))
+    if codec is not was or codec not in (autoencoder, standardised):
+        return text
+    if codec is standardised:
+        return text if args or says else before
+    more = {name for name in said if name not in says}
+    alike = args == before_args and all(name in said and said[name] == value for name, value in says.items())
+    return before if alike and more <= set(MEASURED) else text
 
 
 @functools.lru_cache(maxsize=1)
-def _read(workdir: str, step: int | None) -> Loaded:
+def _read(workdir: str, written: str) -> Loaded:
     return _load(workdir)
 
 
 # Two: a run's before and after it is measured.
 @functools.lru_cache(maxsize=2)
-def _kept(workdir: str, step: int | None, scale: float | None, mean: tuple | None, std: tuple | None, tile: int) -> Codec:
-    return _codec(_read(workdir, step), scale, mean, std, tile)
+def _kept(workdir: str, written: str, scale: float | None, mean: tuple | None, std: tuple | None, tile: int) -> Codec:
+    return _codec(_read(workdir, written), scale, mean, std, tile)
 
 
 def _codec(loaded: Loaded, scale: Any, mean: Any, std: Any, tile: int) -> Codec:

@@ -209,8 +209,12 @@ def of(config, experiment: Experiment, params: Any, step: int = 0) -> Run:
             raise InputError(f"frames={frames} is out of range; allowed: 2 to {steps}, the sampling steps")
         chosen = np.linspace(0, steps - 2, frames - 1).round().astype(int)
         at = jax.tree.map(lambda a: a[chosen], wanted.levels)
-        parts = [[meshes.fetch(jax.vmap(experiment.codec.decode)(z))[:, :many] for z in path]
-                 for many, path in batches(wanted, draw=_draw_path, at=at)]  # fmt: skip
+
+        def film(z: Array) -> np.ndarray:
+            # Frame by frame: what decodes a batch of latents need not have the memory for all of them.
+            return np.stack([meshes.fetch(experiment.codec.decode(frame)) for frame in z])
+
+        parts = [[film(z)[:, :many] for z in path] for many, path in batches(wanted, draw=_draw_path, at=at)]
         return Trajectory(*(np.concatenate(each, axis=1) for each in zip(*parts)))
 
     def edit(

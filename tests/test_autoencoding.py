@@ -513,6 +513,7 @@ def with_key(c, group, key, value):
         ),
         (with_key(config(), "sampling", "steps", 50), "sampling.steps says nothing to model.name='AutoencoderVQ'"),
         (with_key(config(), "data", "augment", ""), "data.augment says nothing to model.name='AutoencoderVQ'"),
+        (with_key(config(), "data", "latents", "x"), "data.latents says nothing to model.name='AutoencoderVQ'"),
         (
             with_key(config(), "process", "regularizer", "kl"),
             "process.regularizer is unknown; did you mean 'regulariser'?; allowed: loss,",

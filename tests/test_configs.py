@@ -182,6 +182,13 @@ def test_latent_diffusions_count_by_hand():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_a_config_of_latents_can_be_told_where_they_are_to_be_kept(path):
+    """On the command line a key that a config lacks cannot be set, and ImageNet's take tens of gigabytes."""
+    data = load(path.stem).get_config().data
+    assert ("latents" in data) == data.codec.startswith("autoencoder(")
+
+
 def test_latent_diffusion_is_of_latents_of_64x64x3(tmp_path):
     """The whole experiment, its first stage a tiny one of the same factor; shapes alone, nothing is computed."""
     config = load("imagenet256_ldm").get_config()

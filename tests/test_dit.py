@@ -91,6 +91,17 @@ def test_at_first_the_output_is_zero_and_a_block_the_identity():
     assert jnp.abs(block(own, h, embedding)[0] - h).max() > 0.1
 
 
+def test_at_first_weights_are_as_wide_as_the_authors():
+    """Glorot's bound, sqrt(6 / (in + out)), of q, k and v as one matrix and of a patch as one vector; the labels' 0.02."""
+    made = DiT(patch=2, width=64, depth=2, heads=2, classes=9).init(jax.random.key(0), image(1, 4, 4, 3), jnp.zeros(()))["params"]
+    bounds = {"q": (64, 192), "k": (64, 192), "v": (64, 192), "out": (64, 64), "mlp1": (64, 256), "mlp2": (256, 64)}
+    kernels = {name: made["blocks"][name]["kernel"] for name in bounds} | {"patches": made["patches"]["kernel"]}
+    for name, (ins, outs) in (bounds | {"patches": (12, 64)}).items():
+        bound = np.sqrt(6 / (ins + outs))
+        assert 0.98 * bound < jnp.abs(kernels[name]).max() <= bound, name
+    assert float(made["label"]["embedding"].std()) == pytest.approx(0.02, rel=0.1)
+
+
 OTHERS = {"places": NoPlaces, "qk_norm": RMSNorm, "rotate": Rotary}
 
 

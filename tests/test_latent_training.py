@@ -1,8 +1,11 @@
 """From an autoencoder's workdir to a trained diffusion of its latents: what is prepared, measured, kept and refused."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import jax
@@ -229,13 +232,45 @@ def test_samples_of_another_first_stage_are_refused(stage, caches, tmp_path):
     now = shards.digest({"params": other["params"]})
     shutil.rmtree(moved)
     write(moved, config, {"0.0": other, "0.5": other})
-    first_stage._read.cache_clear(), first_stage._kept.cache_clear()  # as another process
     said = f"the autoencoder in .* has the digest {now[:16]}, and this run was trained with one of digest {was[:16]}"
     c.steps = 3
     for call in (lambda: jd.load(tmp_path / "run"), lambda: train.train(c.copy_and_resolve_references(), tmp_path / "run")):
         with pytest.raises(InputError, match=said) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_samples_on_devices_in_another_order_are_decoded():
+    """As on a TPU, where JAX orders the devices of a mesh by its shape."""
+    script = """
+        import jax, numpy as np
+        from jax.sharding import AxisType, Mesh
+        from test_latents import codec, first_stage, models, parameters, SMALL
+        from jaxdiff import mesh as meshes
+        devices, kind = np.array(jax.devices()), {"axis_types": (AxisType.Auto,) * 2}
+        loaded = Mesh(devices.reshape(4, 1), meshes.AXES, **kind)
+        trained = Mesh(devices[[0, 1, 3, 2]].reshape(1, 4), meshes.AXES, **kind)
+        model = models.AutoencoderKL(**SMALL)
+        params = parameters(model)
+        want = first_stage.codec_of(model, params, codec.pixels())
+        made = first_stage.codec_of(model, jax.device_put(params, meshes.replicated(loaded)), codec.pixels())
+        z = np.random.default_rng(0).standard_normal((4, 4, 4, 2)).astype(np.float32)
+        there = jax.device_put(z, meshes.split(trained))
+        try:
+            made.decode(there)
+        except ValueError as error:
+            assert "incompatible devices" in str(error), error
+        else:
+            raise SystemExit("nothing to put right")
+        got = first_stage.on(made, trained).decode(there)
+        assert np.abs(np.asarray(got, int) - np.asarray(want.decode(z), int)).max() <= 1
+        assert first_stage.on(made, loaded) is made
+    """
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu", "NPROC": "16"}
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 
 def test_what_is_measured_is_written_into_the_codecs_text(stage):
@@ -253,6 +288,32 @@ def test_what_is_measured_is_written_into_the_codecs_text(stage):
     assert first_stage.kept(f"autoencoder({str(where)!r}, tile=64, digest='x')", written).endswith("digest='x')")
     moved = first_stage.found(written, "/nowhere")
     assert moved == written
+    # What the config says itself is gone on with too, the digest written beside it; other numbers are another codec.
+    said = f"autoencoder({str(where)!r}, mean={(0.5,) * channels}, std={(2.0,) * channels})"
+    begun = first_stage.measured(said, first_stage.of_config(said), None)
+    assert begun != said and first_stage.kept(said, begun) == begun
+    assert first_stage.kept(said.replace("0.5", "0.25"), begun) == said.replace("0.5", "0.25")
+    assert first_stage.kept("pixels", begun) == "pixels" and first_stage.kept(said, "pixels") == said
+
+
+def test_an_autoencoder_trained_anew_to_the_same_step_is_read_anew(stage, tmp_path):
+    kind, model, _, _ = stage
+    where, config, found = tmp_path / "first", first(kind)[0], []
+    for seed in (0, 5):
+        shutil.rmtree(where, ignore_errors=True)
+        write(where, config, {"0.0": params_of(model, seed)})
+        found.append(first_stage.autoencoder(str(where)))
+    assert found[0].stage.digest != found[1].stage.digest
+    assert first_stage.autoencoder(str(where)) is found[1]
+
+
+def test_training_finds_a_first_stage_inside_the_workdir_as_loading_does(stage, tmp_path):
+    shutil.copytree(stage[3], tmp_path / "run" / "first")
+    c = of(stage, **{"data.codec": "autoencoder('first')"})
+    assert train._built(c, tmp_path / "run").codec.stage.digest == jd.load_codec(stage[3]).stage.digest
+    assert c.data.codec == "autoencoder('first')"
+    with pytest.raises(InputError, match="names a first stage first, which is neither in the run's workdir nor in"):
+        train._built(c, tmp_path / "other")
 
 
 def test_pixels_are_measured_by_the_same_functions():
@@ -272,6 +333,15 @@ def test_a_folder_for_latents_needs_a_codec_that_makes_some():
     c.data.latents = "somewhere"
     with pytest.raises(InputError, match=r"data\.latents='somewhere' keeps latents, and data\.codec='pixels' makes none"):
         experiment.build(c)
+
+
+@pytest.mark.parametrize("folder", [5, True, None, ("a",), "gs://bucket/latents"])
+def test_what_names_no_folder_for_latents_is_told_in_one_line(folder):
+    c = tiny.config()
+    c.data = ConfigDict(c.data.to_dict() | {"latents": folder})
+    with pytest.raises(InputError, match=r"data\.latents=.* is not the name of a folder on a disk") as caught:
+        experiment.build(c)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_workdir_that_is_not_whole_or_of_another_model_is_told_in_one_line(tmp_path):

@@ -227,6 +227,11 @@ def test_a_trajectory_ends_with_what_generate_draws(model):
     keys = jax.vmap(lambda k: jax.random.fold_in(k, 0))(jd.sample_keys(jax.random.key(3), 3))
     x = jd.prior(keys, jd.Level(start.alpha[0], start.sigma[0]), (3, 8, 8, 1))
     np.testing.assert_array_equal(told.x[0], built.codec.decode(x))
+    # No more images are decoded at once than are drawn at once, however many frames there are.
+    seen: list = []
+    watched = built.codec._replace(decode=lambda z: seen.append(z.shape) or built.codec.decode(z))
+    run.of(c, built._replace(codec=watched), params).trajectory(jax.random.key(3), 3, 5, steps=8, label=2, guidance=2.0)
+    assert seen == [(3, 8, 8, 1)] * 10
     with pytest.raises(jd.InputError, match="frames=9 is out of range; allowed: 2 to 8, the sampling steps"):
         r.trajectory(jax.random.key(3), 3, frames=9, steps=8)
 

@@ -393,6 +393,14 @@ def test_products_are_counted_as_often_as_they_run():
     assert flops(lambda a: jax.lax.scan(lambda c, _: (c @ a, None), a, None, length=28)[0], a) == 28 * once
     assert flops(lambda a: jax.lax.cond(a[0, 0] > 0, lambda: a @ a @ a, lambda: a), a) == 2 * once
     assert flops(jax.grad(lambda a: (a @ a).sum()), a) == 3 * once
+    assert flops(lambda a: jax.lax.while_loop(lambda c: c[0, 0] < 3, lambda c: c @ a, a), a) == once
+
+    @jax.custom_vjp
+    def squared(a):
+        return a @ a
+
+    squared.defvjp(lambda a: (a @ a, a), lambda a, g: (g @ a.T + a.T @ g,))
+    assert flops(squared, a) == once and flops(jax.grad(lambda a: squared(a).sum()), a) == 3 * once
 
 
 def test_what_is_computed_again_for_the_gradient_counts_again():

@@ -26,6 +26,9 @@ Dtype = Any
 # Peebles and Xie: how many features the noise level is heard as.
 TIME_FEATURES = 256
 SMALL = nn.initializers.normal(0.02)
+# As the authors' code draws what is one matrix there: queries, keys and values together, and a patch's pixels as one vector.
+THIRD = nn.initializers.variance_scaling(0.5, "fan_avg", "uniform")
+FLAT = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=(0, 1, 2))
 
 
 class SinCosPlaces(nn.Module):
@@ -123,7 +126,7 @@ class Block(nn.Module):
     def attend(self, h: Array) -> Array:
         batch, n, width = h.shape
         q, k, v = (
-            nn.Dense(width, dtype=self.dtype, kernel_init=INIT, name=name)(h).reshape(batch, n, self.heads, width // self.heads)
+            nn.Dense(width, dtype=self.dtype, kernel_init=THIRD, name=name)(h).reshape(batch, n, self.heads, width // self.heads)
             for name in ("q", "k", "v")
         )
         q, k = self.qk_norm(dtype=self.dtype, name="q_norm")(q), self.qk_norm(dtype=self.dtype, name="k_norm")(k)
@@ -168,7 +171,7 @@ class DiT(nn.Module):
         if height % self.patch or width % self.patch:
             raise ValueError(f"patches of {self.patch} need sizes divisible by {self.patch}, got {x.shape[1:-1]}")
         embedding = self.hear(jnp.broadcast_to(logsnr.reshape(-1), x.shape[:1]), cond)
-        h = conv(self.width, self.patch, 2, self.dtype, stride=self.patch, padding="VALID", name="patches")(x.astype(self.dtype))
+        h = conv(self.width, self.patch, 2, self.dtype, FLAT, self.patch, "patches", "VALID")(x.astype(self.dtype))
         rows, columns = h.shape[1:3]
         h = self.places(dtype=self.dtype, name="places")(h.reshape(batch, -1, self.width), (rows, columns))
         h = self.through(h, embedding, (rows, columns))

@@ -199,6 +199,13 @@ def newest(workdir) -> int | None:
     return next(iter(steps(place(workdir) / FOLDER)), None)
 
 
+def written(workdir) -> str:
+    """The newest finished checkpoint's step and digests, as text: another where it was trained anew; "" where there is none."""
+    step = newest(workdir)
+    path = place(workdir) / FOLDER / str(step) / DIGESTS
+    return f"{step} {path.read_text()}" if step is not None and path.exists() else ""
+
+
 def damage(checkpoint: epath.Path, items: tuple[str, ...] = ("state", "ema", "meta")) -> str | None:
     """What is wrong with these items of a checkpoint, None where every file has the digest it was written with."""
     if not (checkpoint / DIGESTS).exists():
