@@ -456,7 +456,7 @@ def _same_experiment(workdir, step: int, config: ConfigDict) -> None:
     for group in ("data", "model", "process"):
         before, now = checkpoint.plain(old[group]), checkpoint.plain(config[group])
         for name in sorted(before.keys() | now.keys()):
-            a, b = (keys.get(name, experiments.OPTIONAL.get((group, name))) for keys in (before, now))
+            a, b = (keys.get(name, experiments.left_out(config, group, name)) for keys in (before, now))
             if a != b and name not in ("remat", "latents"):
                 raise InputError(
                     f"workdir {workdir} holds another experiment: its {group}.{name} is {a!r}, now {b!r}; "

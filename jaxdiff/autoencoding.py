@@ -34,6 +34,8 @@ Each = Callable[[Array, Array], Array]  # images and their reconstructions [B, H
 
 # The weight of the discriminator's say is at most this. Source: VQGAN's public code.
 MOST = 1e4
+# Steps are counted in int32.
+LAST = 2**31 - 1
 
 
 class Autoencoding(NamedTuple):
@@ -218,6 +220,8 @@ def patch(weight: float = 0.5, start: int = 50_000, channels: int = 64, layers: 
     for name, value, least in (("start", start, 0), ("channels", channels, 1), ("layers", layers, 1)):
         if not whole(value, least):
             raise InputError(f"{name}={value!r} is out of range; it is a whole number, at least {least}")
+    if start > LAST:
+        raise InputError(f"start={start} is out of range; steps are counted up to {LAST}; leave the discriminator out, if never")
     return Discriminator(models.PatchDiscriminator(channels, layers), weight, start)
 
 

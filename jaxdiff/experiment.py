@@ -88,6 +88,8 @@ OPTIONAL = {
     ("process", "perceptual"): "",
     ("process", "discriminator"): "",
 }
+# The same of an autoencoder, where that means something else.
+OPTIONAL_THERE = {("process", "loss"): "l1"}
 
 
 class Experiment(NamedTuple):
@@ -260,7 +262,13 @@ def target_of(experiment: Experiment) -> Target:
 
 def optional(config, group: str, name: str) -> Any:
     """The value of a key that a config may leave out."""
-    return config[group].get(name, OPTIONAL[group, name])
+    return config[group].get(name, left_out(config, group, name))
+
+
+def left_out(config, group: str, name: str) -> Any:
+    """What it means that a config leaves a key out; None where it may not."""
+    there = OPTIONAL_THERE if config.model.name in models.AUTOENCODERS else {}
+    return (OPTIONAL | there).get((group, name))
 
 
 def check_keys(config, needed: Mapping[str, Sequence[str]] = KEYS) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,6 +97,30 @@ def test_attention_is_in_the_middle_and_where_it_is_asked_for():
     assert where() == ["decoder/middle", "encoder/middle"]
     assert where(middle_attend=models.NoAttention) == []
     assert where(attention=(1,), middle_attend=models.NoAttention) == ["decoder/up1_0", "decoder/up1_1", "encoder/down1_0"]
+
+
+def test_every_norm_has_the_groups_asked_for():
+    """Those of a part that the config names too, unless it says a number of its own."""
+
+    def groups(**fields):
+        model = models.build(first_config(groups=2, **fields).model)
+        counts = []
+
+        def note(next_fun, args, kwargs, context):
+            if type(context.module).__name__ == "GroupNorm":
+                counts.append((context.module.name, context.module.num_groups))
+            return next_fun(*args, **kwargs)
+
+        with nn.intercept_methods(note):
+            shapes(model, jnp.zeros((1, 8, 8, 1)))
+        return sorted(set(counts))
+
+    plain = groups()
+    assert {count for _, count in plain} == {2} and len(plain) > 3
+    for middle in ("Attention", "DDPMppAttention", "SpatialTransformer"):
+        assert groups(middle_attend=middle) == plain
+    assert ("norm", 4) in groups(middle_attend="Attention(groups=4)")
+    assert groups(middle_attend="NoAttention") == [each for each in plain if each[0] != "norm"]
 
 
 def test_the_log_variance_stays_within_bounds(small):

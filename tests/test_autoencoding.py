@@ -476,6 +476,7 @@ def test_the_codec_of_parameters_at_hand_is_that_of_a_first_stage():
             {"process.discriminator": "patch(start=-1)"},
             "start=-1 is out of range; it is a whole number, at least 0",
         ),
+        ("AutoencoderKL", {"process.discriminator": "patch(start=2147483648)"}, "steps are counted up to 2147483647; leave"),
         (
             "AutoencoderKL",
             {"process.discriminator": "patch"},
@@ -536,7 +537,12 @@ def test_a_regulariser_is_needed_and_the_players_are_not():
     with c.unlocked():
         del c.process["discriminator"], c.process["perceptual"], c.process["loss"]
     experiment.check_keys(c)
-    assert "discriminator" not in experiment.build(c).init(jax.random.key(0))
+    built, said = (experiment.build(each) for each in (c, config(**{"process.loss": "l1"})))
+    params = woken(started(built))
+    assert "discriminator" not in params and experiment.optional(c, "process", "loss") == "l1"
+    example = built.prepare(built.extra, jax.random.key(1), batch_of(2))
+    got, want = (each.loss(params, each.extra, jax.random.key(2), example)[0] for each in (built, said))
+    np.testing.assert_array_equal(got, want)
     with c.unlocked():
         del c.process["regulariser"]
     with pytest.raises(InputError, match=r"config key process\.regulariser is missing"):

@@ -76,6 +76,12 @@ def test_what_does_not_fit_is_refused_in_one_line(small):
             lambda: autoencoder.of_diffusers(theirs | {"num_vq_embeddings": 9}, state))  # fmt: skip
     refused(r"is of a VAE, no AutoencoderKL or VQModel", lambda: autoencoder.of_diffusers(theirs | {"_class_name": "VAE"}, state))
     config = config.copy_and_resolve_references()
+    for middle in ("BareAttention", "DDPMppAttention", "SpatialTransformer", "Attention(scale=0.5)"):
+        config.model.middle_attend = middle
+        refused(r"model.middle_attend='.*' has no place in diffusers' VQModel; allowed: Attention, NoAttention",
+                lambda: autoencoder.to_diffusers(config, params))  # fmt: skip
+    config.model.middle_attend = "Attention"
+    assert autoencoder.to_diffusers(config, params)[0] == theirs
     config.model.scale = None
     refused("model.scale=None is measured with latents, and diffusers' VQModel", lambda: autoencoder.to_diffusers(config, params))
     only_down = {"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]}

@@ -104,11 +104,17 @@ def of_diffusers(theirs: Mapping[str, Any], state: Mapping[str, np.ndarray], siz
 
 
 def to_diffusers(config: ConfigDict, params: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """(config.json, tensors) for diffusers' AutoencoderKL or VQModel. Raises InputError for a scale that is not known yet."""
+    """(config.json, tensors) for diffusers' AutoencoderKL or VQModel.
+
+    Raises InputError for a scale that is not known yet, and for an attention in the middle that theirs has not.
+    """
     model: Any = models.build(config.model)
     kind = next(theirs for theirs, ours in CLASSES.items() if ours == config.model.name)
     if model.scale is None:
         raise InputError(f"model.scale=None is measured with latents, and diffusers' {kind} needs its scaling_factor; set a number")
+    if model.middle_attend not in (None, models.Attention, models.NoAttention):
+        middle = config.model.middle_attend
+        raise InputError(f"model.middle_attend={middle!r} has no place in diffusers' {kind}; allowed: Attention, NoAttention")
     channels = [model.channels * m for m in model.multipliers]
     theirs = {
         "_class_name": kind,
@@ -123,7 +129,7 @@ def to_diffusers(config: ConfigDict, params: Any) -> tuple[dict[str, Any], dict[
         "norm_num_groups": _groups(model, kind),
         "sample_size": config.data.shape[0],
         "scaling_factor": model.scale,
-        "mid_block_add_attention": config.model.get("middle_attend") != "NoAttention",
+        "mid_block_add_attention": model.middle_attend is not models.NoAttention,
     }
     if kind == "VQModel":
         theirs |= {"num_vq_embeddings": model.codes, "vq_embed_dim": model.code_channels}

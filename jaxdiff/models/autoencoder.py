@@ -86,10 +86,12 @@ class Autoencoder(nn.Module):
 
     def ways(self, encoded: int) -> tuple[Encoder, Decoder]:
         """Encoder and decoder; `encoded` is how many channels the encoder gives."""
-        same = ("channels", "multipliers", "blocks", "attention", "middle_attend", "dropout", "dtype", "remat")
+        same = ("channels", "multipliers", "blocks", "attention", "dropout", "dtype", "remat")
         fields: dict[str, Any] = {name: getattr(self, name) for name in same}
+        if self.middle_attend is not None:
+            fields["middle_attend"] = _in_groups(self.middle_attend, self.groups)
         for role, part in {"block": SilentBlock, "attend": Attention, "leave": Leave}.items():
-            fields[role] = functools.partial(part, groups=self.groups)
+            fields[role] = _in_groups(part, self.groups)
         return Encoder(out_channels=encoded, **fields), Decoder(out_channels=self.out_channels, **fields)
 
     def decode(self, z: Array, train: bool = False) -> Array:
@@ -144,6 +146,12 @@ class AutoencoderVQ(Autoencoder):
     def __call__(self, x: Array, train: bool = False) -> Array:
         """The nearest codes, decoded; what makes all parameters."""
         return self.decode(quantise(self.codebook, self.encode(x, train))[0], train)
+
+
+def _in_groups(part: Part, groups: int) -> Part:
+    """The part with so many groups in its norm, where it has one and says no number itself."""
+    kind, own = getattr(part, "func", part), getattr(part, "keywords", {})
+    return functools.partial(kind, **{"groups": groups} | own) if hasattr(kind, "groups") else part
 
 
 def _around_zero(key: Array, shape: tuple[int, ...], dtype: Dtype) -> Array:
