@@ -4,8 +4,9 @@
     python train.py --config=configs/cifar_kl.py                 # the autoencoder, into runs/cifar_kl
     python train.py --config=configs/cifar_ldm.py --config.model.dtype=bfloat16
 
-Meant for a GPU. The images and their mirror images are encoded once, before the first step; their latents are kept
-(docs/latents.md). Expected and measured: docs/results.md.
+The images and their mirror images are encoded once, before the first step; their latents are kept (docs/latents.md).
+Time: 43 steps a second on one H200 in bfloat16, an hour and a half in all (extrapolated). No work for a CPU.
+Expected and measured: docs/results.md.
 """
 
 from ml_collections import ConfigDict

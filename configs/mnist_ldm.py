@@ -4,7 +4,8 @@
     python train.py --config=configs/mnist_vq.py                 # the autoencoder, into runs/mnist_vq
     python train.py --config=configs/mnist_ldm.py
 
-Meant for two CPU cores. The images are encoded once, before the first step; their latents are kept (docs/latents.md).
+The images are encoded once, before the first step; their latents are kept (docs/latents.md).
+Time: 20 minutes of the processor, counted over all threads, on two CPU cores with other jobs beside; 15 by the clock.
 Expected and measured: docs/results.md.
 """
 

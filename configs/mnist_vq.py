@@ -4,7 +4,7 @@
     python train.py --config=configs/mnist_vq.py
 
 645,693 parameters. Codes are moving averages of what the encoder says, and those that are not used are revived.
-Time: meant for a quarter of an hour of two CPU cores.
+Time: 24 minutes of the processor, counted over all threads, on two CPU cores with other jobs beside.
 Expected and measured: docs/results.md.
 """
 
