@@ -8,7 +8,8 @@ autoencoders keep a quarter of the size or less, and 8x8x4 would leave one numbe
 fewer for the diffusion's network. A discriminator is off; one enters late with
 --config.process.discriminator="patch(0.5, start=20_000, layers=2)".
 
-Time: 5,000 steps in 122 s, compiling included, on one H200 in bfloat16 (docs/results.md). On a CPU it only serves to try the path: add --config.steps=20 --config.batch_size=8.
+Time: 5,000 steps in 122 s, compiling included, on one H200 in bfloat16 (docs/results.md). On a CPU it only serves to try the path:
+add --config.steps=20 --config.batch_size=8.
 Expected and measured: docs/results.md.
 """
 

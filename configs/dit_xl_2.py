@@ -8,9 +8,9 @@ a constant rate, batches of 256, 7 million steps. Their guidance scale of 1.5 wa
 all four, as guidance is here, is what they say does the same (appendix A).
 Smaller ones: --config.model.width=384 --config.model.depth=12 --config.model.heads=6 is S; docs/transformers.md has all sizes.
 
-Time: 7,000,000 steps of 256 images at 243 TFLOP each, 182 without remat; 0.535 s a step on one H200 (docs/benchmarks.md). Blocks are computed again
-for the gradient; where memory allows, --config.model.remat=False saves that quarter. The state is split over all devices:
---dry_run says what a device holds, without the data. On a CPU it only serves to try the path.
+Time: 7,000,000 steps of 256 images at 243 TFLOP each, 182 without remat; 0.535 s a step on one H200 (docs/benchmarks.md). Blocks
+are computed again for the gradient; where memory allows, --config.model.remat=False saves that quarter. The state is split over all
+devices: --dry_run says what a device holds, without the data. On a CPU it only serves to try the path.
 Expected and measured: docs/results.md.
 """
 
