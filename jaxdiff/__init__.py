@@ -1,6 +1,8 @@
 """jaxdiff: diffusion models in JAX as pure functions over noise levels."""
 
 from jaxdiff import (
+    autoencoding,
+    codebook,
     codec,
     data,
     editing,
@@ -15,6 +17,7 @@ from jaxdiff import (
     score,
     solvers,
     targets,
+    tiles,
     times,
     weights,
 )
@@ -40,9 +43,11 @@ __all__ = [
     "Run",
     "Solver",
     "Trajectory",
+    "autoencoding",
     "beta_std",
     "classifier",
     "clip_logsnr",
+    "codebook",
     "codec",
     "data",
     "denoiser",
@@ -72,6 +77,7 @@ __all__ = [
     "solve",
     "solvers",
     "targets",
+    "tiles",
     "times",
     "weights",
     "wrappers",
