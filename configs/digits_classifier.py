@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config.steps = 2000
     config.batch_size = 64
     config.data_dir = ""  # not needed: the digits are in the package
-    config.data = dict(name="digits", split="train", shape=(8, 8, 1), size=0, codec="pixels", flip=False, augment="")
+    config.data = dict(name="digits", split="train", shape=(8, 8, 1), size=0, pad=0, codec="pixels", flip=False, augment="")
     config.model = dict(
         name="Classifier",
         channels=24,

@@ -169,28 +169,43 @@ def _middle(said: Mapping[str, Any], numbers: dict[str, Any]) -> str:
     return text("Attention", **numbers | ({} if groups is None else {"groups": groups}))
 
 
-def _said(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """The whole of a config.json, in tuples. Raises InputError for keys and values that are not read."""
-    if (kind := theirs.get("_class_name", "UNet2DModel")) != "UNet2DModel":
-        raise InputError(f"config.json: _class_name={kind!r} is not read; allowed: UNet2DModel")
+def said_by(
+    kind: str,
+    theirs: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    read: Mapping[str, tuple[Any, ...]],
+    kinds: Mapping[str, folder.Kind],
+) -> dict[str, Any]:
+    """The whole of a U-Net's config.json, whose class is `kind`, in tuples: what it says over the defaults of its class.
+
+    Raises InputError for keys and values that are not read.
+    """
+    if (name := theirs.get("_class_name", kind)) != kind:
+        raise InputError(f"config.json: _class_name={name!r} is not read; allowed: {kind}")
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in theirs.items() if not k.startswith("_")}
-    if unknown := [key for key in given if key not in DEFAULTS and given[key] is not None]:
-        raise InputError(f"config.json: {unknown[0]}={given[unknown[0]]!r} is no setting of a UNet2DModel that is read")
-    said = DEFAULTS | given
-    folder.only("config.json", said, READ)
-    folder.check("config.json", said, KINDS)
+    if unknown := [key for key in given if key not in {*defaults, *read} and given[key] is not None]:
+        raise InputError(f"config.json: {unknown[0]}={given[unknown[0]]!r} is no setting of a {kind} that is read")
+    said = {**defaults, **given}
+    folder.only("config.json", said, read)
+    folder.check("config.json", said, kinds)
     channels, groups = said["block_out_channels"], said["norm_num_groups"]
     if any(n % channels[0] for n in channels):
         raise InputError(f"config.json: block_out_channels={channels!r} are not whole multiples of the first, which are read alone")
     if channels[0] % groups:
         raise InputError(f"config.json: norm_num_groups={groups!r} does not divide block_out_channels={channels!r}")
-    if 2 * said["freq_shift"] >= channels[0]:
-        raise InputError(
-            f"config.json: freq_shift={said['freq_shift']!r} is no less than half of block_out_channels[0]={channels[0]}"
-        )
     if said["time_embedding_dim"] not in (None, 4 * channels[0]):
         raise InputError(
             f"config.json: time_embedding_dim={said['time_embedding_dim']!r} is not read; allowed: null, {4 * channels[0]}"
+        )
+    return said
+
+
+def _said(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    said = said_by("UNet2DModel", theirs, DEFAULTS, READ, KINDS)
+    if 2 * said["freq_shift"] >= said["block_out_channels"][0]:
+        raise InputError(
+            f"config.json: freq_shift={said['freq_shift']!r} is no less than half of "
+            f"block_out_channels[0]={said['block_out_channels'][0]}"
         )
     return said
 

@@ -167,27 +167,10 @@ def model_of(said: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _said(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """The whole of a config.json, in tuples. Raises InputError for keys and values that are not read."""
-    if (kind := theirs.get("_class_name", "UNet2DConditionModel")) != "UNet2DConditionModel":
-        raise InputError(f"config.json: _class_name={kind!r} is not read; allowed: UNet2DConditionModel")
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in theirs.items() if not k.startswith("_")}
-    if unknown := [key for key in given if key not in DEFAULTS | READ and given[key] is not None]:
-        raise InputError(f"config.json: {unknown[0]}={given[unknown[0]]!r} is no setting of a UNet2DConditionModel that is read")
-    said = DEFAULTS | given
-    folder.only("config.json", said, READ)
-    folder.check("config.json", said, KINDS)
-    channels, groups = said["block_out_channels"], said["norm_num_groups"]
-    if any(n % channels[0] for n in channels):
-        raise InputError(f"config.json: block_out_channels={channels!r} are not whole multiples of the first, which are read alone")
-    if channels[0] % groups:
-        raise InputError(f"config.json: norm_num_groups={groups!r} does not divide block_out_channels={channels!r}")
+    said = unet2d.said_by("UNet2DConditionModel", theirs, DEFAULTS, READ, KINDS)
     if said["out_channels"] != said["in_channels"]:
         raise InputError(
             f"config.json: out_channels={said['out_channels']!r} is not read; allowed: in_channels, {said['in_channels']}"
-        )
-    if said["time_embedding_dim"] not in (None, 4 * channels[0]):
-        raise InputError(
-            f"config.json: time_embedding_dim={said['time_embedding_dim']!r} is not read; allowed: null, {4 * channels[0]}"
         )
     return said
 
