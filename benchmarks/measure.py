@@ -1,0 +1,129 @@
+"""What the speed benchmarks share: taking turns, medians with their spread, the machine's own ceiling, entries of docs/benchmarks.md.
+
+A benchmark is a module with `main(argv)`; what it prints it may also publish. Peers take turns with us in one process: first one,
+then the other, in the opposite order the next time, so that what else the machine does, and its clock, falls on both alike.
+"""
+
+import datetime
+import importlib.metadata
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = ROOT / "docs" / "benchmarks.md"
+
+
+class Ratio(NamedTuple):
+    """Of what is compared: the median of the turns, and the quartiles of the turns."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+def turns(functions: Mapping[str, Callable[[], Any]], repeats: int, warm: int = 1) -> dict[str, np.ndarray]:
+    """The seconds [repeats] that each function takes, by the clock, each called in every turn; `warm` calls before do not count.
+
+    A function returns only when what it does is done, or JAX arrays, which are waited for.
+    """
+    for function in functions.values():
+        for _ in range(warm):
+            jax.block_until_ready(function())
+    taken: dict[str, list[float]] = {name: [] for name in functions}
+    for i in range(repeats):
+        for name in list(functions)[:: 1 if i % 2 == 0 else -1]:
+            start = time.perf_counter()
+            jax.block_until_ready(functions[name]())
+            taken[name].append(time.perf_counter() - start)
+    return {name: np.array(seconds) for name, seconds in taken.items()}
+
+
+def ratio(peer: np.ndarray, ours: np.ndarray) -> Ratio:
+    """How many times as fast as the peer we are, turn by turn: above 1 we are faster."""
+    return spread(peer / ours)
+
+
+def spread(values: np.ndarray) -> Ratio:
+    """The median of values with their quartiles."""
+    low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return Ratio(float(median), float(low), float(high))
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows])
+
+
+def matmul_rate(n: int = 2048, dtype: Any = jnp.float32, repeats: int = 7) -> float:
+    """FLOP/s of a product of two n x n matrices, the best of the turns: what the machine can do at all."""
+    a = jnp.asarray(np.random.default_rng(0).standard_normal((n, n)), dtype)
+    product = jax.jit(lambda a: a @ a)
+    return 2.0 * n**3 / float(turns({"": lambda: product(a)}, repeats)[""].min())
+
+
+def convolution_rate(batch: int = 8, size: int = 32, channels: int = 128, dtype: Any = jnp.float32, repeats: int = 7) -> float:
+    """FLOP/s of a 3x3 convolution of [batch, size, size, channels] to as many channels, the best of the turns."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((batch, size, size, channels)), dtype)
+    kernel = jnp.asarray(rng.standard_normal((3, 3, channels, channels)), dtype)
+
+    def conv(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    taken = turns({"": lambda fast=jax.jit(conv): fast(x, kernel)}, repeats)[""].min()
+    taps = 3 * size - 2  # along an axis, padding left out
+    return 2.0 * batch * taps**2 * channels**2 / float(taken)
+
+
+def machine() -> str:
+    """The device, the cores and the versions, in a line."""
+    device = jax.devices()[0]
+    what = _processor() if device.platform == "cpu" else device.device_kind
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "torch", "diffusers") if _installed(name)]
+    return f"{what}, {len(jax.local_devices())} device(s), {_cores()} cores; Python {platform.python_version()}, " + ", ".join(versions)
+
+
+def publish(title: str, body: str, command: str, path: Path = PUBLISHED) -> None:
+    """Adds an entry above those of before: the machine, the versions and the commit are said, and the command that repeats it."""
+    header, mark, rest = path.read_text().partition("\n## ")
+    said = f"{datetime.date.today():%d %B %Y}. {machine()}; commit {_commit()}."
+    path.write_text(f"{header}\n## {title}\n\n{said}\n\n{body.strip()}\n\n    {command}\n{mark}{rest}")
+
+
+def _processor() -> str:
+    try:
+        names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        return names[0]
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _commit() -> str:
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
