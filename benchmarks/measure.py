@@ -1,4 +1,4 @@
-"""What the speed benchmarks share: taking turns, medians with their spread, the machine's own ceiling, entries of docs/benchmarks.md.
+"""What the speed benchmarks share: turns, medians with their spread, the machine's own ceiling, entries of docs/benchmarks.md.
 
 A benchmark is a module with `main(argv)`; what it prints it may also publish. Peers take turns with us in one process: first one,
 then the other, in the opposite order the next time, so that what else the machine does, and its clock, falls on both alike.
@@ -6,6 +6,7 @@ then the other, in the opposite order the next time, so that what else the machi
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import subprocess
 import time
@@ -82,7 +83,8 @@ def convolution_rate(batch: int = 8, size: int = 32, channels: int = 128, dtype:
     def conv(x, kernel):
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
-    taken = turns({"": lambda fast=jax.jit(conv): fast(x, kernel)}, repeats)[""].min()
+    fast = jax.jit(conv)
+    taken = turns({"": lambda: fast(x, kernel)}, repeats)[""].min()
     taps = 3 * size - 2  # along an axis, padding left out
     return 2.0 * batch * taps**2 * channels**2 / float(taken)
 
@@ -92,7 +94,9 @@ def machine() -> str:
     device = jax.devices()[0]
     what = _processor() if device.platform == "cpu" else device.device_kind
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "torch", "diffusers") if _installed(name)]
-    return f"{what}, {len(jax.local_devices())} device(s), {_cores()} cores; Python {platform.python_version()}, " + ", ".join(versions)
+    return f"{what}, {len(jax.local_devices())} device(s), {_cores()} cores; Python {platform.python_version()}, " + ", ".join(
+        versions
+    )
 
 
 def publish(title: str, body: str, command: str, path: Path = PUBLISHED) -> None:
@@ -104,15 +108,15 @@ def publish(title: str, body: str, command: str, path: Path = PUBLISHED) -> None
 
 def _processor() -> str:
     try:
-        names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
+        ]
         return names[0]
     except (OSError, IndexError):
         return platform.processor() or platform.machine()
 
 
 def _cores() -> int:
-    import os
-
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
