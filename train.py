@@ -22,7 +22,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from jaxdiff import cli, data, evaluation, first_stage, pictures
+from jaxdiff import cli, compiling, data, evaluation, first_stage, pictures
 from jaxdiff import experiment as experiments
 from jaxdiff import mesh as meshes
 from jaxdiff import run as runs
@@ -235,7 +235,9 @@ def _programs(config, experiment, optimizer, mesh):
     shapes = jax.eval_shape(init, jax.random.key(0))
     shardings = meshes.state_shardings(mesh, shapes)
     step = make_step(experiment, optimizer, config.training.accumulate)
-    jitted = jax.jit(step, donate_argnums=1, out_shardings=(shardings, meshes.replicated(mesh)))
+    jitted = jax.jit(
+        step, donate_argnums=1, out_shardings=(shardings, meshes.replicated(mesh)), compiler_options=compiling.options() or None
+    )
     return jax.jit(init, out_shardings=shardings), jitted, shapes, shardings
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.tree_util import Partial
 
-from jaxdiff import checks, codebook, models, shards
+from jaxdiff import checks, codebook, compiling, models, shards
 from jaxdiff import mesh as meshes
 from jaxdiff.codec import Codec, centred, pixels, standardised
 from jaxdiff.errors import InputError
@@ -142,8 +142,8 @@ def codec_of(
         whole = tiled(image, tile, tile // 4) if tile else image
         return pixel.decode(whole(z * _along(spread, z) + _along(shift, z)))
 
-    there, back = (Partial(jax.jit(way), params, shift, spread) for way in (encode, decode))
-    stage = Stage(Partial(jax.jit(look), params), Partial(jax.jit(draw), shift, spread), digest, pixels, scaled, tile)
+    there, back = (Partial(compiling.jit(way), params, shift, spread) for way in (encode, decode))
+    stage = Stage(Partial(compiling.jit(look), params), Partial(compiling.jit(draw), shift, spread), digest, pixels, scaled, tile)
     return Codec(there, back, stage)
 
 

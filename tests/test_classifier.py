@@ -409,7 +409,7 @@ def test_one_program_serves_classifiers_labels_and_scales_and_every_row_has_its_
     other = run.classifier_of(c, built, two)
     key = jax.random.key(0)
     for made in (labelled, plain):
-        run._draw.clear_cache()
+        run._draw.jitted().clear_cache()
         seen = [
             made.generate(key, 4, steps=5, label=label, classifier=of, classifier_scale=scale)
             for label, scale, of in [
@@ -420,7 +420,7 @@ def test_one_program_serves_classifiers_labels_and_scales_and_every_row_has_its_
                 (3, 30.0, other),
             ]
         ]
-        assert run._draw._cache_size() == 1
+        assert run._draw.jitted()._cache_size() == 1
         for i, a in enumerate(seen):
             assert not any((a == b).all() for b in seen[:i])
         # Ten in batches of four, the last filled up: each image is what its key and its label make it.

@@ -181,7 +181,7 @@ def test_a_program_is_compiled_once_for_each_shape_and_shared(tmp_path, dino):
     for made in (features.dinov2(path), features.dinov2(path)):
         for size in (8, 9, 8):
             made.apply(images(2, size, size, 3))
-    assert features._run._cache_size() == 1
+    assert features._run.jitted()._cache_size() == 1
 
 
 def test_the_digest_is_of_the_weights_and_the_resize(tmp_path, dino):

@@ -23,7 +23,7 @@ def test_one_compiled_sampler_serves_every_number_that_a_request_has(model):
     _, _, one, two = model
     c = config(**{"sampling.max_steps": 50})
     built = experiment.build(c)
-    run._draw.clear_cache()
+    run._draw.jitted().clear_cache()
     base = dict(params=one, seed=0, steps=10, label=3, guidance=7.0, eta=0.0, gamma=0.1, times=None)
     changes = [
         dict(),
@@ -49,7 +49,7 @@ def test_one_compiled_sampler_serves_every_number_that_a_request_has(model):
             return wrappers.churn(jd.solvers.ddim(denoise, eta), gamma)
 
         seen.append(run.of(c, built, params).generate(jax.random.key(seed), 4, solver=churned, **asked))
-    assert run._draw._cache_size() == 1
+    assert run._draw.jitted()._cache_size() == 1
     for i, a in enumerate(seen):  # each value matters: no two results are the same
         assert a.shape == (4, 8, 8, 1) and a.dtype == np.uint8
         assert not any((a == b).all() for b in seen[:i])
@@ -240,10 +240,10 @@ def test_trajectories_share_one_program_and_are_drawn_in_batches(model):
     """6 samples in batches of 4: every one as alone, and its frames those of the stacked predictions of `solve`."""
     c, built, params, _ = model
     r, key, labels = run.of(c, built, params), jax.random.key(3), np.arange(6)
-    before = run._draw_path._cache_size()
+    before = run._draw_path.jitted()._cache_size()
     six = r.trajectory(key, 6, frames=5, steps=5, solver="ddpm", label=labels)
     r.trajectory(key, 6, frames=5, steps=9, solver="ddpm", label=labels, guidance=2.0)
-    assert run._draw_path._cache_size() == before + 1
+    assert run._draw_path.jitted()._cache_size() == before + 1
     one = r.trajectory(jd.sample_keys(key, 6)[5:], 1, frames=5, steps=5, solver="ddpm", label=labels[5:])
     assert six.x.shape == (5, 6, 8, 8, 1) and np.abs(six.x[:, 5:].astype(int) - one.x).max() <= 1
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxdiff import compiling
 from jaxdiff import mesh as meshes
 from jaxdiff.classifier import log_probs
 from jaxdiff.data import Dataset
@@ -43,7 +44,7 @@ def accuracy_by_level(
     return np.concatenate(right, axis=1).mean(1, dtype=np.float64)
 
 
-@jax.jit
+@compiling.jit
 def _right(net, data_std, key, row, x0, label):
     eps = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), x0.shape[1:], x0.dtype))(row)
 

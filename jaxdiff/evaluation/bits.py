@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxdiff import codec as codecs
-from jaxdiff import first_stage, guidance, likelihood, schedules, shards, times
+from jaxdiff import compiling, first_stage, guidance, likelihood, schedules, shards, times
 from jaxdiff import mesh as meshes
 from jaxdiff.data import Dataset
 from jaxdiff.denoiser import denoiser
@@ -64,7 +64,7 @@ def estimator(metric: str, config, experiment: Experiment, params: Any, settings
         denoise = denoiser(experiment.net(params, cond), target, experiment.data_std)
         return bits(params, denoise, keys, images)
 
-    return jax.jit(run), line
+    return compiling.jit(run), line
 
 
 def _bpd_elbo(config, experiment, params, settings):

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from jaxdiff import autoencoding, codebook, models, pictures
+from jaxdiff import autoencoding, codebook, compiling, models, pictures
 from jaxdiff import mesh as meshes
 from jaxdiff import run as runs
 from jaxdiff.cli import enable_compile_cache
@@ -111,7 +111,7 @@ def through(model: Any, pixel: Codec) -> Through:
     There are "ssim" [B] and "codes" [B, places] besides, where `Reconstructed` has them.
     """
 
-    @jax.jit
+    @compiling.jit
     def run(params, images):
         y, codes = autoencoding.reconstructed(model, params, pixel.encode(jax.random.key(0), images))
         back = pixel.decode(y)

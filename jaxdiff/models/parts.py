@@ -46,13 +46,61 @@ def conv(
     return nn.Conv(features, (width,) * axes, (stride,) * axes, padding, dtype=dtype, kernel_init=init, name=name)
 
 
-def norm(channels: int, dtype: Dtype, name: str | None = None, epsilon: float = 1e-6, groups: int = 0) -> nn.GroupNorm:
+class GroupNorm(nn.Module):
+    """Group normalisation as one scale and one shift a channel, from each channel's two moments: [B, *space, C] -> same.
+
+    So x is read twice, for the moments and for what becomes of it, which XLA joins with the SiLU after it. All in float32 but for
+    the result, `dtype`. Source: Wu and He 2018, eqs. 1 to 7.
+    """
+
+    num_groups: int
+    epsilon: float
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones_init(), (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros_init(), (channels,), jnp.float32)
+        x, space = x.astype(jnp.float32), tuple(range(1, x.ndim - 1))
+        mean, square = self.of_group(x.mean(space)), self.of_group(jnp.square(x).mean(space))
+        factor = scale[None] * jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0) + self.epsilon)
+        return (x * _spread(factor, x) + _spread(bias[None] - mean * factor, x)).astype(self.dtype)
+
+    def of_group(self, moment: Array) -> Array:
+        """The mean of each channel's group, at each channel: [B, C] -> [B, C]."""
+        batch, channels = moment.shape
+        width = channels // self.num_groups
+        return jnp.repeat(moment.reshape(batch, self.num_groups, width).mean(-1), width, axis=-1, total_repeat_length=channels)
+
+
+class Dropout(nn.Module):
+    """Each entry zero with probability `rate`, the others divided by what is kept, where `train`: h -> same.
+
+    One of 65,536 numbers an entry decides, which halves the random bits of a uniform float; so `rate` is rounded to 1/65,536.
+    Source: Srivastava et al. 2014.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, h: Array, train: bool) -> Array:
+        dropped = round(self.rate * 2**16)
+        if not train or not dropped:
+            return h
+        *axes, channels = h.shape
+        words = jax.random.bits(self.make_rng("dropout"), (*axes, (channels + 1) // 2), jnp.uint32)
+        halves = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(*axes, -1)[..., :channels]
+        return jnp.where(halves >= dropped, h / (1 - dropped / 2**16), 0)
+
+
+def norm(channels: int, dtype: Dtype, name: str | None = None, epsilon: float = 1e-6, groups: int = 0) -> GroupNorm:
     """Group normalisation in 32 groups, fewer where a group would have under 4 channels; statistics in float32.
 
     A group of one channel would take away all that the embedding adds: the network would not see the noise level. `groups` above 0
     is how many there are whatever the channels, for networks trained that way.
     """
-    return nn.GroupNorm(group_count(channels, groups), epsilon=epsilon, dtype=dtype, name=name)
+    return GroupNorm(group_count(channels, groups), epsilon, dtype, name=name)
 
 
 def group_count(channels: int, groups: int = 0) -> int:
@@ -313,7 +361,7 @@ class ResBlock(nn.Module):
         h = self.resample(nn.silu(norm(x.shape[-1], self.dtype, "norm1", self.epsilon, self.groups)(x)))
         h = conv(self.channels, 3, axes, self.dtype, name="conv1")(h)
         h = nn.silu(self.condition(h, nn.silu(embedding)))
-        h = nn.Dropout(self.dropout, deterministic=not train)(h)
+        h = Dropout(self.dropout)(h, train)
         h = conv(self.channels, 3, axes, self.dtype, ZERO, name="conv2")(h)
         return (self.around(x, h.shape) + h) * self.scale
 

@@ -104,8 +104,8 @@ def make_step(experiment: Experiment, optimizer: optax.GradientTransformation, a
 
     `accumulate` cuts the batch into that many pieces, whose gradients are averaged before the one update. The step folds its
     number into the one key, so a resumed run draws what the uninterrupted one would have drawn. After the update the experiment
-    settles what it will, which the averages then see. A step whose loss, gradient or update is not finite leaves everything but the
-    step's number as it was.
+    settles what it will, which the averages then see. A step whose loss or gradient is not finite leaves everything but the step's
+    number as it was.
 
     Metrics: "loss", "grad_norm", "finite" (bool), the experiment's own, and where those say each sample's logsnr, the sums and
     counts of the loss by noise level ("level_loss", "level_count", one a bin of LOGSNR_EDGES), and "worst_logsnr", where the loss
@@ -140,13 +140,17 @@ def make_step(experiment: Experiment, optimizer: optax.GradientTransformation, a
         (k_prepare, k_loss), k_settle = jax.random.split(k_step), jax.random.fold_in(k_step, 2)
         example = experiment.prepare(state.extra, k_prepare, batch)
         (loss, (each, extra, metrics)), grads = accumulated(state.params, state.extra, k_loss, example)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params, extra = experiment.settle(k_settle, optax.apply_updates(state.params, updates), extra)
-        ema = {name: _average(name, state.step, average, _network(params)) for name, average in state.ema.items()}
         grad_norm = _norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(_norm(updates))
-        after = TrainState(state.step, params, ema, opt_state, extra)
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+        def update() -> TrainState:
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params, settled = experiment.settle(k_settle, optax.apply_updates(state.params, updates), extra)
+            ema = {name: _average(name, state.step, average, _network(params)) for name, average in state.ema.items()}
+            return TrainState(state.step, params, ema, opt_state, settled)
+
+        # A branch, and not a choice between the old numbers and the new: so all is updated in place, in one pass over the state.
+        kept = jax.lax.cond(finite, update, lambda: state)
         means = {name: value.mean() for name, value in metrics.items() if name != "logsnr"}
         levels = _by_level(each, metrics["logsnr"]) if "logsnr" in metrics else {}
         told = {"loss": loss, "grad_norm": grad_norm, "finite": finite, **means, **levels}
