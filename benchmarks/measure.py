@@ -1,13 +1,16 @@
-"""What the speed benchmarks share: taking turns, medians with their spread, the machine's own ceiling, entries of docs/benchmarks.md.
+"""What the speed benchmarks share: turns, medians with their spread, the machine's own ceiling, entries of docs/benchmarks.md.
 
 A benchmark is a module with `main(argv)`; what it prints it may also publish. Peers take turns with us in one process: first one,
 then the other, in the opposite order the next time, so that what else the machine does, and its clock, falls on both alike.
 """
 
+import ctypes
 import datetime
 import importlib.metadata
+import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -82,7 +85,8 @@ def convolution_rate(batch: int = 8, size: int = 32, channels: int = 128, dtype:
     def conv(x, kernel):
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
-    taken = turns({"": lambda fast=jax.jit(conv): fast(x, kernel)}, repeats)[""].min()
+    fast = jax.jit(conv)
+    taken = turns({"": lambda: fast(x, kernel)}, repeats)[""].min()
     taps = 3 * size - 2  # along an axis, padding left out
     return 2.0 * batch * taps**2 * channels**2 / float(taken)
 
@@ -92,7 +96,9 @@ def machine() -> str:
     device = jax.devices()[0]
     what = _processor() if device.platform == "cpu" else device.device_kind
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "torch", "diffusers") if _installed(name)]
-    return f"{what}, {len(jax.local_devices())} device(s), {_cores()} cores; Python {platform.python_version()}, " + ", ".join(versions)
+    return f"{what}, {len(jax.local_devices())} device(s), {_cores()} cores; Python {platform.python_version()}, " + ", ".join(
+        versions
+    )
 
 
 def publish(title: str, body: str, command: str, path: Path = PUBLISHED) -> None:
@@ -104,15 +110,15 @@ def publish(title: str, body: str, command: str, path: Path = PUBLISHED) -> None
 
 def _processor() -> str:
     try:
-        names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
+        ]
         return names[0]
     except (OSError, IndexError):
         return platform.processor() or platform.machine()
 
 
 def _cores() -> int:
-    import os
-
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -127,3 +133,30 @@ def _installed(name: str) -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
+
+
+def command(script: str, argv: Sequence[str] | None = None) -> str:
+    """The command that repeats what a script was asked, those words that only say where to write it left out."""
+    given = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--publish"]
+    return " ".join(["python", f"benchmarks/{Path(script).name}", *given])
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds now, what was freed given back first (Linux)."""
+    ctypes.CDLL(None).malloc_trim(0)
+    return _status("VmRSS")
+
+
+def peak() -> int:
+    """The most bytes that this process held since `forget_peak`, or since its start (Linux)."""
+    return _status("VmHWM")
+
+
+def forget_peak() -> None:
+    """`peak` begins anew, from what is held now (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return 1024 * int(line.split()[1])
