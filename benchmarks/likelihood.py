@@ -2,8 +2,8 @@
 
 The functions are those that evaluate.py jits (`evaluation.estimator`) for the network of configs/cifar.py: the variational bound
 with --terms of its steps drawn for each image, which asks the network terms + 1 times, and the exact likelihood by --steps of
-Runge-Kutta steps of order 4, four evaluations each with a Jacobian's product beside it (Hutchinson's trace). Each takes turns with as
-many bare jitted calls: of the network, for the exact likelihood also of the network with a Jacobian-vector product, each call on
+Runge-Kutta steps of order 4, four evaluations each with a Jacobian's product beside it (Hutchinson's trace). Each takes turns with
+as many bare jitted calls: of the network, for the exact likelihood also of the network with a Jacobian-vector product, each call on
 what the one before said. Above 1 the estimator costs less than the calls.
 """
 
@@ -75,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(argv)
     config = peers.config_of(asked.channels, asked.size)
     params = peers.drawn(experiment.build(config))
-    said = f"{peers.count(params):,} parameters, batch {asked.batch}, {asked.size}x{asked.size}, float32, median of {asked.repeats} turns."
+    size = f"batch {asked.batch}, {asked.size}x{asked.size}"
+    said = f"{peers.count(params):,} parameters, {size}, float32, median of {asked.repeats} turns."
     print(said, flush=True)
     settings, rows = evaluation.Settings(asked.terms, asked.steps), []
     for metric, calls in (("bpd_elbo", asked.terms + 1), ("bpd_ode", 4 * asked.steps)):

@@ -1,10 +1,10 @@
-"""DDIM beside diffusers' loop and beside bare network calls:  python benchmarks/sampling.py [--channels 128 32] [--steps 50] [--publish]
+"""DDIM beside diffusers' loop and bare network calls:  python benchmarks/sampling.py [--channels 128 32] [--steps 50] [--publish]
 
-Ours is the jitted sampler that `run.generate` calls, on the grid it makes (padded to 1000 levels); the peer is diffusers' UNet2DModel
-of the same weights in channels_last under inference_mode, walked by its DDIMScheduler in Python. Both ask the network at the same
-rows of the table, as often as there are steps, which is checked; from the same noise both draw the same images, which is checked
-too, to the bound that --same gives. A third takes turns with them: as many bare jitted calls of our network, each on what the one
-before said.
+Ours is the jitted sampler that `run.generate` calls, on the grid it makes (padded to 1000 levels); the peer is diffusers'
+UNet2DModel of the same weights in channels_last under inference_mode, walked by its DDIMScheduler in Python. Both ask the network
+at the same rows of the table, as often as there are steps, which is checked; from the same noise both draw the same images, which
+is checked too, to the bound that --same gives. A third takes turns with them: as many bare jitted calls of our network, each on
+what the one before said.
 
 A ratio is theirs to ours, turn by turn, median and quartiles: above 1 the sampler is faster. Widths are of the network of
 configs/cifar.py: at 128 it has 35,746,307 parameters, at 32 there are 2,245,763.
