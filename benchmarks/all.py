@@ -18,17 +18,17 @@ QUICK = {
     "forward": "--batch 2 --channels 16 --size 16 --repeats 5",
     "training_step": "--batch 2 --channels 16 --size 16 --repeats 5 --parts",
     "sampling": "--channels 16 --size 16 --batch 2 --steps 5",
-    "input_pipeline": "--repeats 5",
+    "input_pipeline": "--images 2000 --batches 10 --steps 5 --repeats 3",
     "startup": "--repeats 5",
     "compile_time": "--depth 4 --repeats 1",
     "likelihood": "--channels 16 --size 16 --batch 2 --terms 3 --steps 1",
     "scaling": "--batch 1 2 --train_batch 1 2 --channels 16 32 --size 8 16 --middle 16 16 2",
 }
 # Those that have more to say than by default.
-FULL = {"training_step": "--parts"}
+FULL = {"training_step": "--parts", "gpu_training": "--peer"}
 # Those that print only.
 PRINTS = ("compile_time",)
-OF_GPU = {"gpu_training": ""}
+OF_GPU = {"gpu_training": "--batch 8 --channels 16 --size 16 --steps 2 --repeats 3"}
 
 
 def has_gpu() -> bool:

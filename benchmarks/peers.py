@@ -103,12 +103,18 @@ def state_of(config: ConfigDict, built: Experiment, params: Any) -> tuple[TrainS
     return init_state(copied, optimizer, config.training.ema, jax.random.key(0)), optimizer
 
 
+def threads() -> int:
+    """A thread a core, or what OMP_NUM_THREADS says."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(os.environ.get("OMP_NUM_THREADS") or cores)
+
+
 def torch_network(config: ConfigDict, params: Any, device: str = "cpu") -> Any:
     """diffusers' UNet2DModel of the same function, channels_last, in evaluation mode; on a CPU with a thread a core."""
     import diffusers
     import torch
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    torch.set_num_threads(threads())
     said = {k: v for k, v in unet2d.settings(config, params).items() if not k.startswith("_")}
     model = diffusers.UNet2DModel(**said)
     tensors = mapping.save(params, unet2d.rows(config, params))
@@ -144,6 +150,14 @@ def check_same(config: ConfigDict, params: Any, model: Any, bound: float = 1e-4)
     return float(apart / largest)
 
 
+def table(config: ConfigDict, device: str = "cpu") -> tuple[Any, Any]:
+    """alpha and sigma of the table's rows, torch's float32 [1000] each."""
+    import torch
+
+    levels = grid(experiment.build(config).schedule(None), np.arange(1, 1001) / 1000)
+    return tuple(torch.tensor(np.asarray(a, np.float32), device=device) for a in levels)
+
+
 def torch_loss(model: Any, x0: Any, eps: Any, rows: Any, alpha: Any, sigma: Any) -> Any:
     """DDPM's simple loss at rows of the table, [] (Ho et al. 2020, eq. 14); alpha and sigma are the table's columns [1000]."""
     import torch
@@ -164,8 +178,7 @@ def torch_step(model: Any, config: ConfigDict, device: str = "cpu") -> Callable[
     average = [p.detach().clone() for p in parameters]
     adam = torch.optim.Adam(parameters, lr=config.optimizer.learning_rate, fused=True)
     decay = float(config.training.ema[0])
-    levels = grid(experiment.build(config).schedule(None), np.arange(1, 1001) / 1000)
-    alpha, sigma = (torch.tensor(np.asarray(a, np.float32), device=device) for a in levels)
+    alpha, sigma = table(config, device)
 
     def step(images: Any) -> Any:
         flip = torch.rand(len(images), 1, 1, 1, device=device) < 0.5

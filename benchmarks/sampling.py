@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import measure, peers
 from benchmarks.sampling_cost import Sampler
 from jaxdiff import editing, experiment, run
+from jaxdiff.times import grid
 
 COLUMNS = (
     "channels", "parameters", "network calls", "jaxdiff, s", "diffusers, s", "diffusers / ours", "bare calls, s", "bare / ours",
@@ -55,7 +56,7 @@ def start(made: Sampler) -> np.ndarray:
 
 def rows_asked(made: Sampler) -> list[int]:
     """The rows of the table at which our sampler asks the network."""
-    table = peers.grid(made.built.schedule(None), np.arange(1, 1001) / 1000)
+    table = grid(made.built.schedule(None), np.arange(1, 1001) / 1000)
     levels = made.padded(editing.true_length(made.wanted.levels))
     return [int(np.abs(np.asarray(table.alpha) - alpha).argmin()) for alpha in np.asarray(levels.alpha)]
 
