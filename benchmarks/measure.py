@@ -4,11 +4,13 @@ A benchmark is a module with `main(argv)`; what it prints it may also publish. P
 then the other, in the opposite order the next time, so that what else the machine does, and its clock, falls on both alike.
 """
 
+import ctypes
 import datetime
 import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -131,3 +133,30 @@ def _installed(name: str) -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
+
+
+def command(script: str, argv: Sequence[str] | None = None) -> str:
+    """The command that repeats what a script was asked, those words that only say where to write it left out."""
+    given = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--publish"]
+    return " ".join(["python", f"benchmarks/{Path(script).name}", *given])
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds now, what was freed given back first (Linux)."""
+    ctypes.CDLL(None).malloc_trim(0)
+    return _status("VmRSS")
+
+
+def peak() -> int:
+    """The most bytes that this process held since `forget_peak`, or since its start (Linux)."""
+    return _status("VmHWM")
+
+
+def forget_peak() -> None:
+    """`peak` begins anew, from what is held now (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return 1024 * int(line.split()[1])

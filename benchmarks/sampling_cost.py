@@ -37,13 +37,16 @@ def moved(params):
 
 
 class Sampler:
-    """The network of configs/cifar.py, and what `run.generate` gives the jitted sampler for `batch` images in `steps` steps."""
+    """A network and what `run.generate` gives the jitted sampler for `batch` images in `steps` steps.
 
-    def __init__(self, dtype: str, batch: int, steps: int):
-        self.config, self.steps = cifar.get_config(), steps
+    The network is that of configs/cifar.py, moved from its start, or that of a config with parameters at hand.
+    """
+
+    def __init__(self, dtype: str, batch: int, steps: int, config=None, params=None):
+        self.config, self.steps = cifar.get_config() if config is None else config, steps
         self.config.model.dtype = dtype
         self.built = experiment.build(self.config)
-        self.params = moved(jax.jit(self.built.init)(jax.random.key(0)))
+        self.params = moved(jax.jit(self.built.init)(jax.random.key(0))) if params is None else params
         self.shape = (batch, *self.built.shape)
         self.x, self.logsnr = jax.random.normal(jax.random.key(1), self.shape), jnp.zeros(())
         self.wanted = run.request(self.config, self.built, self.params, jax.random.key(0), batch, steps)
