@@ -1,7 +1,8 @@
 """Where a device's time went, from a profile:  python benchmarks/device_time.py FOLDER [--steps=5] [--hlo=FOLDER/step.hlo.txt]
 
 FOLDER is what `jax.profiler.trace` wrote (or a torch.profiler's trace, one .json file) of `steps` steps of one program, and the HLO
-is that program's text (`compiled.as_text()`), which says of each kernel what it computes and which part of the network asked for it. Three tables: time a step by kind of kernel with what is idle, by part of the network forward and backward, and the costliest
+is that program's text (`compiled.as_text()`), which says of each kernel what it computes and which part of the network asked for
+it. Three tables: time a step by kind of kernel with what is idle, by part of the network forward and backward, and the costliest
 instructions. Without the HLO kinds are told by the kernels' names alone. A kernel that the profile gives no instruction (those
 inside a CUDA graph) has its name looked up: profile a program compiled without them, `xla_gpu_enable_command_buffer=""`.
 """
