@@ -46,7 +46,7 @@ PARTS = {
     "norm and SiLU": r"norm|silu|logistic",
     "convolutions": r"conv|shortcut",
     "embedding of the level": r"embed|/time",
-    "concatenating skips, resampling": r"concatenate|repeat|avg_pool|/up\d|/down\d|reduce_window",
+    "concatenating skips, resampling": r"concatenate|repeat|avg_pool|reduce_window|/(up|down)\d+/",
 }
 
 
@@ -114,8 +114,26 @@ def instructions(hlo: str) -> dict[str, Instruction]:
         elif made := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)", line):
             operation = re.search(r"(?:^|[\s)}\]])([a-z][a-z0-9\-]*)\(", made[2])
             current.append((made[1], operation[1] if operation else "", made[2]))
+    texts = {name: text for each in computations.values() for name, _, text in each}
     told = {name: _instruction(operation, text, computations) for each in computations.values() for name, operation, text in each}
+    for _ in range(2):
+        told = _lent(told, texts)
     return {re.sub(r"\W", "_", name): value for name, value in told.items()} | told
+
+
+def _lent(told: Mapping[str, Instruction], texts: Mapping[str, str]) -> dict[str, Instruction]:
+    """What the compiler put in without a path, a copy in another layout say, has that of who uses it, or of what it is made of."""
+    near: dict[str, str] = {}
+    for name, text in texts.items():
+        operands = [each for each in re.findall(r"%([\w.\-]+)", text.partition("metadata=")[0]) if each in told]
+        for each in operands:
+            near[each] = near.get(each) or told[name].path
+    for name, text in texts.items():
+        operands = [told[each].path for each in re.findall(r"%([\w.\-]+)", text) if each in told and told[each].path]
+        near[name] = near.get(name) or (operands[0] if operands else "")
+    # What everybody uses is nobody's.
+    own = {name for name, each in told.items() if each.path or re.search(r"\b(parameter|constant)\(", texts[name])}
+    return {name: each if name in own else each._replace(path=near[name]) for name, each in told.items()}
 
 
 def _instruction(operation: str, text: str, computations: Mapping[str, Any]) -> Instruction:
@@ -212,8 +230,9 @@ def by_part(found: Sequence[Kernel], program: Mapping[str, Instruction], steps: 
     forward: collections.Counter = collections.Counter()
     backward: collections.Counter = collections.Counter()
     for kernel in found:
-        path = described(kernel, program).path
-        (backward if "transpose(" in path else forward)[part_of(path)] += kernel.length
+        kind, path = described(kernel, program)
+        part = "convolutions" if kind.startswith("convolution") else part_of(path)
+        (backward if "transpose(" in path or "backward" in kind else forward)[part] += kernel.length
     every, total = forward + backward, sum(k.length for k in found)
     rows = [
         (part, *(f"{side[part] / steps / 1e3:.3f}" for side in (forward, backward)), f"{us / total:.1%}")
