@@ -41,6 +41,7 @@ BATCHES = 4  # different ones, over and over
 # Kernels inside a CUDA graph are told without the instruction that they belong to.
 NO_GRAPHS = {"xla_gpu_enable_command_buffer": ""}
 KEYS = ("rbg", "unsafe_rbg")
+STARTED = time.perf_counter()
 
 
 class Variant(NamedTuple):
@@ -178,10 +179,14 @@ def contestants(args: argparse.Namespace, batch: int) -> tuple[dict[str, Trainer
     params = peers.drawn(experiment.build(_config(args)))
     for text in ["", *filter(None, (part.strip() for part in args.variants.split(";")))]:
         name = f"{OURS}, {text}" if text else OURS
+        if ours and time.perf_counter() - STARTED > args.budget:
+            print(f"{name} is left out: {args.budget:.0f} s are over", flush=True)
+            continue
         try:
             with said(f"batch {batch}: {name} compiled"):
                 ours[name] = trainer(_config(args), params, batch, args.steps, variant(text))
-            with said(f"batch {batch}: {name}, first turn"):
+            jax.block_until_ready(ours[name].turn())
+            with said(f"batch {batch}: {name}, a turn of {args.steps} steps alone"):
                 jax.block_until_ready(ours[name].turn())
         except Exception as error:  # whatever XLA says of an option or a size
             if not text:
@@ -276,6 +281,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--matrix", type=int, default=8192, help="size of the matrices whose product is the measured rate")
     parser.add_argument("--peer", action="store_true", help="PyTorch too, where torch and diffusers are installed")
     parser.add_argument("--variants", default="", help="other ways of ours, separated by ;")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no further variant is built")
     parser.add_argument("--profile", type=Path, help="a folder for a profile of a few steps at the first batch size")
     parser.add_argument("--profiled", default="", help="the variant that is profiled")
     parser.add_argument("--publish", action="store_true", help="add the tables to docs/benchmarks.md")
