@@ -14,11 +14,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import measure, peers
-from jaxdiff import experiment
+from jaxdiff import compiling, experiment
 from jaxdiff.training import hardware
 
 COLUMNS = ("batch", "jaxdiff, ms", f"{peers.PEER}, ms", "theirs / ours", "images/s", "GFLOP/s", "of matmul", "of convolution")
@@ -26,7 +24,7 @@ COLUMNS = ("batch", "jaxdiff, ms", f"{peers.PEER}, ms", "theirs / ours", "images
 
 def compared(config, params, model, batch: int, repeats: int, rates: tuple[float, float]) -> list[str]:
     """A row of the table; `model` is None where there is no PyTorch."""
-    net, (x, rows, logsnr) = jax.jit(peers.forward(experiment.build(config))), peers.noisy(batch, config.data.shape[0])
+    net, (x, rows, logsnr) = compiling.jit(peers.forward(experiment.build(config))), peers.noisy(batch, config.data.shape[0])
     runs = {"ours": lambda: net(params, x, logsnr)}
     if model is not None:
         import torch

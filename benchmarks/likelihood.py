@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import measure, peers
-from jaxdiff import evaluation, experiment, sampling
+from jaxdiff import compiling, evaluation, experiment, sampling
 
 COLUMNS = ("what", "network calls", "s", "ms a call", "bare calls, s", "bare / ours", "bare calls with products, s", "with / ours")
 
@@ -40,11 +40,11 @@ def compared(config, params, batch: int, metric: str, calls: int, settings, repe
     built, size = experiment.build(config), config.data.shape[0]
     estimate, _ = evaluation.estimator(metric, config, built, params, settings)
     keys, images = sampling.sample_keys(jax.random.key(0), batch), jnp.asarray(peers.images(batch, size))
-    labels, net = jnp.zeros(batch, jnp.int32), jax.jit(peers.forward(built))
+    labels, net = jnp.zeros(batch, jnp.int32), compiling.jit(peers.forward(built))
     x, _, logsnr = (jnp.asarray(a) for a in peers.noisy(batch, size))
     sign = jnp.sign(x)
 
-    @jax.jit
+    @compiling.jit
     def product(params, x):
         y, moved = jax.jvp(lambda x: built.net(params, None)(x, logsnr)[0], (x,), (sign,))
         return y + 0 * (sign * moved).sum()  # the product is asked for, and changes nothing

@@ -16,13 +16,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import measure, peers
 from benchmarks.sampling_cost import Sampler
-from jaxdiff import editing, experiment, run
+from jaxdiff import compiling, editing, experiment, run
 from jaxdiff.times import grid
 
 COLUMNS = (
@@ -33,12 +32,12 @@ COLUMNS = (
 
 def sampler(channels: int, size: int, batch: int, steps: int) -> Sampler:
     config = peers.config_of(channels, size)
-    return Sampler("float32", batch, steps, config, peers.drawn(experiment.build(config)))
+    return Sampler("float32", batch, steps, config=config, params=peers.drawn(experiment.build(config)))
 
 
 def bare(made: Sampler):
     """As many calls of the jitted network as the sampler makes, each waiting for the one before."""
-    net, calls = jax.jit(made.net), editing.true_length(made.wanted.levels)
+    net, calls = compiling.jit(made.net), editing.true_length(made.wanted.levels)
 
     def once():
         x = made.x

@@ -1,7 +1,8 @@
 """What a whole sampler costs beside the bare network:  python benchmarks/sampling_cost.py [--batch=4] [--steps=5] [--dtype=float32]
 
 The network is that of configs/cifar.py, 35,746,307 parameters, untrained: no figure here depends on its values. The sampler is
-what `run.generate` calls, its grid padded to 1000 levels. Three tables:
+what `run.generate` calls, its grid padded to 1000 levels. Three tables, of which --tables=0 leaves out the first two: they compile
+seven programs more.
 
 - What the compiler counts in the optimised program (`cost_analysis`). XLA counts a loop's body once, however often it runs, and of
   a condition the dearer branch; samplers of 10 and of 1000 levels check that. A whole sampler then holds two evaluations, the
@@ -18,6 +19,7 @@ import argparse
 import functools
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -25,28 +27,26 @@ import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import peers
 from configs import cifar
-from jaxdiff import experiment, run, sampling
+from jaxdiff import compiling, experiment, run, sampling
 from jaxdiff.level import Level
-
-
-def moved(params):
-    """Parameters away from their start, where a network's output is zero and calls in a row would see nothing."""
-    rng = np.random.default_rng(0)  # of the host: there is a program for each shape to compile otherwise
-    return jax.tree.map(lambda a: a + 0.02 * rng.standard_normal(a.shape, np.float32), params)
 
 
 class Sampler:
     """A network and what `run.generate` gives the jitted sampler for `batch` images in `steps` steps.
 
-    The network is that of configs/cifar.py, moved from its start, or that of a config with parameters at hand.
+    The network is that of configs/cifar.py, with so many channels, or that of a config with parameters at hand.
     """
 
-    def __init__(self, dtype: str, batch: int, steps: int, config=None, params=None):
+    def __init__(self, dtype: str, batch: int, steps: int, channels: int = 128, config=None, params=None):
         self.config, self.steps = cifar.get_config() if config is None else config, steps
+        if config is None:
+            self.config.model.channels = channels
         self.config.model.dtype = dtype
         self.built = experiment.build(self.config)
-        self.params = moved(jax.jit(self.built.init)(jax.random.key(0))) if params is None else params
+        # Away from their start, where a network's output is zero and calls in a row would see nothing.
+        self.params = peers.drawn(self.built) if params is None else params
         self.shape = (batch, *self.built.shape)
         self.x, self.logsnr = jax.random.normal(jax.random.key(1), self.shape), jnp.zeros(())
         self.wanted = run.request(self.config, self.built, self.params, jax.random.key(0), batch, steps)
@@ -79,7 +79,7 @@ def one_step(keys, solver, x, t, s):
 
 
 def compiled(function, *arguments):
-    return jax.jit(function).lower(*arguments).compile()
+    return jax.jit(function, compiler_options=compiling.options() or None).lower(*arguments).compile()
 
 
 def counts(program) -> np.ndarray:
@@ -133,7 +133,7 @@ def seconds(function) -> float:
 
 def print_times(made: Sampler, repeats: int) -> None:
     # n levels are n - 1 steps of ddim and the last x0: n evaluations.
-    calls, net = made.steps, jax.jit(made.net)
+    calls, net = made.steps, compiling.jit(made.net)
 
     def bare():
         x = made.x
@@ -146,8 +146,10 @@ def print_times(made: Sampler, repeats: int) -> None:
         "the sampler, padded to 1000": functools.partial(made.draw, made.wanted.levels),
         "the sampler, not padded": functools.partial(made.draw, made.padded(made.steps)),
     }
-    for function in runs.values():
+    for name, function in runs.items():
+        start = time.perf_counter()
         seconds(function)
+        print(f"{name}: compiled and run once in {time.perf_counter() - start:.1f} s", flush=True)
     # Taking turns, so that what else the machine does falls on all of them.
     taken = np.array([[seconds(function) for function in runs.values()] for _ in range(repeats)])
     ratios = taken / np.where(np.arange(len(runs)) == 0, np.median(taken[:, 0]), taken[:, :1])
@@ -157,22 +159,29 @@ def print_times(made: Sampler, repeats: int) -> None:
         print(f"| {name} | {np.median(taken[:, i]):.3f} | {ratio:.4f} | {low:.4f} to {high:.4f} |")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--repeats", type=int, default=7, help="turns of the timing; 0 leaves it out")
-    args = parser.parse_args()
-    device = jax.devices()[0]
-    made = Sampler(args.dtype, args.batch, args.steps)
-    size = sum(a.size for a in jax.tree.leaves(made.params))
-    print(f"{device.device_kind} ({device.platform}), jax {jax.__version__}: {size:,} parameters, {args.dtype}, batch {args.batch}")
+def print_tables(made: Sampler) -> None:
     draw = functools.partial(run.draw_samples, shape=made.shape, mesh=None)
     whole = {n: compiled(draw, *made.arguments(made.padded(n))) for n in (10, 1000)}
     net = compiled(made.net, made.params, made.x, made.logsnr)
     print_counts(made, net, whole)
     print_memory(made, net, whole)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--repeats", type=int, default=7, help="turns of the timing; 0 leaves it out")
+    parser.add_argument("--tables", type=int, default=1, help="0 leaves out what the compiler counts and plans")
+    parser.add_argument("--channels", type=int, default=128)
+    args = parser.parse_args(argv)
+    device = jax.devices()[0]
+    made = Sampler(args.dtype, args.batch, args.steps, args.channels)
+    size = sum(a.size for a in jax.tree.leaves(made.params))
+    print(f"{device.device_kind} ({device.platform}), jax {jax.__version__}: {size:,} parameters, {args.dtype}, batch {args.batch}")
+    if args.tables:
+        print_tables(made)
     if args.repeats:
         print_times(made, args.repeats)
 

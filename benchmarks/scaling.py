@@ -23,7 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import measure, peers
 from benchmarks.training_step import batch_of, going
-from jaxdiff import experiment
+from jaxdiff import compiling, experiment
 from jaxdiff.training import hardware, make_step
 
 PICTURE = measure.ROOT / "docs" / "images" / "scaling_cost.png"
@@ -48,7 +48,7 @@ class Point(NamedTuple):
 def forward(at: Size) -> tuple[Callable[[], Any], float]:
     """(a forward pass, its operations)."""
     built = experiment.build(peers.config_of(at.channels, at.size))
-    net, params = jax.jit(peers.forward(built)), peers.drawn(built)
+    net, params = compiling.jit(peers.forward(built)), peers.drawn(built)
     x, _, logsnr = (jnp.asarray(a) for a in peers.noisy(at.batch, at.size))
     return lambda: net(params, x, logsnr), hardware.flops(net.trace(params, x, logsnr).jaxpr)
 
@@ -58,7 +58,7 @@ def training(at: Size) -> tuple[Callable[[], Any], float]:
     config = peers.config_of(at.channels, at.size)
     built = experiment.build(config)
     state, optimizer = peers.state_of(config, built, peers.drawn(built))
-    step, batch, key = jax.jit(make_step(built, optimizer), donate_argnums=1), batch_of(config, at.batch), jax.random.key(0)
+    step, batch, key = compiling.jit(make_step(built, optimizer), donate_argnums=1), batch_of(config, at.batch), jax.random.key(0)
     return going(step, key, state, batch), hardware.flops(step.trace(key, state, batch).jaxpr)
 
 

@@ -26,7 +26,7 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import measure, peers
-from jaxdiff import experiment
+from jaxdiff import compiling, experiment
 from jaxdiff.training import averages, hardware, init_state, make_optimizer, make_step
 
 COLUMNS = ("batch", "jaxdiff, ms", f"{peers.PEER}, ms", "theirs / ours", "images/s", "GFLOP/s", "of matmul", "of convolution")
@@ -61,7 +61,7 @@ def gradient(built) -> Callable[..., Any]:
 def parts(config, built, params, n: int) -> dict[str, Callable[[], Any]]:
     """A step by its parts, each with all before it, and steps that are done in other ways."""
     grad, key, batch = gradient(built), jax.random.key(0), batch_of(config, n)
-    alone, donated = jax.jit(grad), {"donate_argnums": 1}
+    alone, donated = compiling.jit(grad), {"donate_argnums": 1}
 
     def with_adam(key, state, batch):
         loss, grads = grad(jax.random.fold_in(key, state.step), state.params, batch)
@@ -84,11 +84,13 @@ def parts(config, built, params, n: int) -> dict[str, Callable[[], Any]]:
     step = make_step(built, optimizer)
     return {
         "the gradient": lambda: alone(key, params, batch),
-        "with Adam": going(jax.jit(with_adam, **donated), key, state(), batch),
-        "with Adam and the average": going(jax.jit(with_average, **donated), key, state(), batch),
-        "the step": going(jax.jit(step, **donated), key, state(), batch),
-        "the step, not donated": going(jax.jit(step), key, state(), batch),
-        "the step, without dropout": going(jax.jit(make_step(experiment.build(still), optimizer), **donated), key, state(), batch),
+        "with Adam": going(compiling.jit(with_adam, **donated), key, state(), batch),
+        "with Adam and the average": going(compiling.jit(with_average, **donated), key, state(), batch),
+        "the step": going(compiling.jit(step, **donated), key, state(), batch),
+        "the step, not donated": going(compiling.jit(step), key, state(), batch),
+        "the step, without dropout": going(
+            compiling.jit(make_step(experiment.build(still), optimizer), **donated), key, state(), batch
+        ),
     }
 
 
@@ -96,7 +98,7 @@ def compared(config, params, n: int, repeats: int, rates: tuple[float, float]) -
     """A row of the first table."""
     built = experiment.build(config)
     state, optimizer = peers.state_of(config, built, params)
-    key, batch, step = jax.random.key(0), batch_of(config, n), jax.jit(make_step(built, optimizer), donate_argnums=1)
+    key, batch, step = jax.random.key(0), batch_of(config, n), compiling.jit(make_step(built, optimizer), donate_argnums=1)
     count = hardware.flops(step.trace(key, state, batch).jaxpr)
     runs = {"ours": going(step, key, state, batch)}
     if peers.torch_is_here():
@@ -126,7 +128,11 @@ def memory_here(config, n: int) -> dict[str, int]:
     built, optimizer, key = experiment.build(config), make_optimizer(config.optimizer), jax.random.key(0)
     shapes = jax.eval_shape(lambda: init_state(built, optimizer, config.training.ema, key))
     batch = batch_of(config, n)
-    step = jax.jit(make_step(built, optimizer), donate_argnums=1).lower(key, shapes, batch).compile()
+    step = (
+        jax.jit(make_step(built, optimizer), donate_argnums=1, compiler_options=compiling.options() or None)
+        .lower(key, shapes, batch)
+        .compile()
+    )
     fill = jax.jit(lambda: jax.tree.map(lambda a: jnp.full(a.shape, 0.01, a.dtype), shapes)).lower().compile()
     planned = step.memory_analysis()
     before = measure.resident()
