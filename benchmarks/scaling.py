@@ -116,7 +116,7 @@ def plot(found: dict[tuple[str, str], list[Point]], matmul: float, convolution: 
 
 def row(what: str, name: str, at: Size, point: Point, rates: tuple[float, float]) -> list[str]:
     rate = point.flops / point.seconds
-    time = [f"{point.flops / 1e9:.1f}", measure.ms(point.seconds), f"{point.calls}", f"{rate / 1e9:.1f}"]
+    time = [f"{point.flops / 1e9:.4g}", measure.ms(point.seconds), f"{point.calls}", f"{rate / 1e9:.1f}"]
     return [what, name, *map(str, at), *time, *(f"{rate / of:.1%}" for of in rates)]
 
 
