@@ -35,10 +35,10 @@ def compared(config, params, model, batch: int, repeats: int, rates: tuple[float
     ours = measure.spread(seconds["ours"]).median
     rate = hardware.flops(net.trace(params, x, logsnr).jaxpr) / ours
     theirs = ("not here", "") if model is None else (
-        f"{1e3 * measure.spread(seconds['theirs']).median:.0f}", measure.ratio(seconds["theirs"], seconds["ours"])
+        measure.ms(measure.spread(seconds['theirs']).median), measure.ratio(seconds["theirs"], seconds["ours"])
     )  # fmt: skip
     shares = [f"{rate / of:.1%}" for of in rates]
-    return [f"{batch}", f"{1e3 * ours:.0f}", *map(str, theirs), f"{batch / ours:.2f}", f"{rate / 1e9:.1f}", *shares]
+    return [f"{batch}", measure.ms(ours), *map(str, theirs), f"{batch / ours:.2f}", f"{rate / 1e9:.1f}", *shares]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

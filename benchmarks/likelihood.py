@@ -57,7 +57,7 @@ def compared(config, params, batch: int, metric: str, calls: int, settings, repe
         runs["product"] = repeated(lambda x: product(params, x), calls, x)
     seconds = measure.turns(runs, repeats)
     middle = {name: measure.spread(taken).median for name, taken in seconds.items()}
-    cells = [metric, f"{calls}", f"{middle['ours']:.2f}", f"{1e3 * middle['ours'] / calls:.0f}"]
+    cells = [metric, f"{calls}", f"{middle['ours']:.2f}", measure.ms(middle["ours"] / calls)]
     for name in ("bare", "product"):
         cells += [f"{middle[name]:.2f}", str(measure.ratio(seconds[name], seconds["ours"]))] if name in seconds else ["", ""]
     return cells

@@ -135,6 +135,11 @@ def _installed(name: str) -> bool:
     return True
 
 
+def ms(seconds: float) -> str:
+    """Milliseconds in three digits, whole ones where there are more."""
+    return f"{1e3 * seconds:.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.3g}"
+
+
 def command(script: str, argv: Sequence[str] | None = None) -> str:
     """The command that repeats what a script was asked, those words that only say where to write it left out."""
     given = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--publish"]

@@ -116,16 +116,16 @@ def plot(found: dict[tuple[str, str], list[Point]], matmul: float, convolution: 
 
 def row(what: str, name: str, at: Size, point: Point, rates: tuple[float, float]) -> list[str]:
     rate = point.flops / point.seconds
-    time = [f"{point.flops / 1e9:.1f}", f"{1e3 * point.seconds:.0f}", f"{point.calls}", f"{rate / 1e9:.1f}"]
+    time = [f"{point.flops / 1e9:.4g}", measure.ms(point.seconds), f"{point.calls}", f"{rate / 1e9:.1f}"]
     return [what, name, *map(str, at), *time, *(f"{rate / of:.1%}" for of in rates)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
-    parser.add_argument("--train_batch", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
-    parser.add_argument("--channels", type=int, nargs="+", default=[32, 64, 96, 128, 160])
-    parser.add_argument("--size", type=int, nargs="+", default=[16, 32, 48, 64], help="each divisible by 8")
+    parser.add_argument("--train_batch", type=int, nargs="+", default=[1, 4, 16, 32])
+    parser.add_argument("--channels", type=int, nargs="+", default=[32, 64, 128, 160])
+    parser.add_argument("--size", type=int, nargs="+", default=[16, 32, 64], help="each divisible by 8")
     parser.add_argument(
         "--middle", type=int, nargs=3, default=[128, 32, 4], help="channels, size and batch where they are not changed"
     )

@@ -108,15 +108,15 @@ def compared(config, params, n: int, repeats: int, rates: tuple[float, float]) -
     ours = measure.spread(seconds["ours"]).median
     beside = ("not here", "")
     if "theirs" in seconds:
-        beside = f"{1e3 * measure.spread(seconds['theirs']).median:.0f}", str(measure.ratio(seconds["theirs"], seconds["ours"]))
+        beside = measure.ms(measure.spread(seconds["theirs"]).median), str(measure.ratio(seconds["theirs"], seconds["ours"]))
     shares = [f"{count / ours / of:.1%}" for of in rates]
-    return [f"{n}", f"{1e3 * ours:.0f}", *beside, f"{n / ours:.2f}", f"{count / ours / 1e9:.1f}", *shares]
+    return [f"{n}", measure.ms(ours), *beside, f"{n / ours:.2f}", f"{count / ours / 1e9:.1f}", *shares]
 
 
 def table_of_parts(config, params, n: int, repeats: int) -> str:
     seconds = measure.turns(parts(config, experiment.build(config), params, n), repeats)
     whole = seconds["the step"]
-    rows = [[name, f"{1e3 * measure.spread(taken).median:.0f}", measure.spread(taken / whole)] for name, taken in seconds.items()]
+    rows = [[name, measure.ms(measure.spread(taken).median), measure.spread(taken / whole)] for name, taken in seconds.items()]
     return measure.table((f"what, batch {n}", "ms", "of the step"), rows)
 
 

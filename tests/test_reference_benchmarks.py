@@ -23,14 +23,25 @@ pytestmark = pytest.mark.slow
 TINY = ["--channels", "8", "--size", "8"]
 
 
+whole = peers.config_of
+
+
+def shallow(channels=8, size=8, dropout=0.1):
+    """The benchmarks' config with a network of few layers, which compiles soon."""
+    config = whole(channels, size, dropout)
+    config.model.multipliers, config.model.blocks = (1, 2), 1
+    return config
+
+
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Tests run side by side, and PyTorch's threads wait for each other in a loop."""
+def quick(monkeypatch):
+    """A shallow network, and one thread: tests run side by side, and PyTorch's threads wait for each other in a loop."""
+    monkeypatch.setattr(peers, "config_of", shallow)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def built(dropout=0.1):
-    config = peers.config_of(8, 8, dropout)
+    config = shallow(8, 8, dropout)
     made = experiment.build(config)
     return config, made, peers.drawn(made)
 
