@@ -33,7 +33,7 @@ def compared(config, params, model, batch: int, repeats: int, rates: tuple[float
         runs["theirs"] = lambda: peers.torch_forward(model, given, at)
     seconds = measure.turns(runs, repeats)
     ours = measure.spread(seconds["ours"]).median
-    rate = hardware.flops(net.trace(params, x, logsnr).jaxpr) / ours
+    rate = hardware.flops(net.jitted().trace(params, x, logsnr).jaxpr) / ours
     theirs = ("not here", "") if model is None else (
         measure.ms(measure.spread(seconds['theirs']).median), measure.ratio(seconds["theirs"], seconds["ours"])
     )  # fmt: skip

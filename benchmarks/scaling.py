@@ -50,7 +50,7 @@ def forward(at: Size) -> tuple[Callable[[], Any], float]:
     built = experiment.build(peers.config_of(at.channels, at.size))
     net, params = compiling.jit(peers.forward(built)), peers.drawn(built)
     x, _, logsnr = (jnp.asarray(a) for a in peers.noisy(at.batch, at.size))
-    return lambda: net(params, x, logsnr), hardware.flops(net.trace(params, x, logsnr).jaxpr)
+    return lambda: net(params, x, logsnr), hardware.flops(net.jitted().trace(params, x, logsnr).jaxpr)
 
 
 def training(at: Size) -> tuple[Callable[[], Any], float]:
@@ -59,7 +59,7 @@ def training(at: Size) -> tuple[Callable[[], Any], float]:
     built = experiment.build(config)
     state, optimizer = peers.state_of(config, built, peers.drawn(built))
     step, batch, key = compiling.jit(make_step(built, optimizer), donate_argnums=1), batch_of(config, at.batch), jax.random.key(0)
-    return going(step, key, state, batch), hardware.flops(step.trace(key, state, batch).jaxpr)
+    return going(step, key, state, batch), hardware.flops(step.jitted().trace(key, state, batch).jaxpr)
 
 
 WHAT = {"forward": forward, "training step": training}

@@ -99,7 +99,7 @@ def compared(config, params, n: int, repeats: int, rates: tuple[float, float]) -
     built = experiment.build(config)
     state, optimizer = peers.state_of(config, built, params)
     key, batch, step = jax.random.key(0), batch_of(config, n), compiling.jit(make_step(built, optimizer), donate_argnums=1)
-    count = hardware.flops(step.trace(key, state, batch).jaxpr)
+    count = hardware.flops(step.jitted().trace(key, state, batch).jaxpr)
     runs = {"ours": going(step, key, state, batch)}
     if peers.torch_is_here():
         theirs, images = peers.torch_step(peers.torch_network(config, params), config), peers.torch_images(batch["image"])
