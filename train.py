@@ -150,13 +150,13 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
         told: list[dict] = []
         row: dict = {}
         clock = _Clock()
-        grids, saved = 0, first
+        grids, saved, values = 0, first, None
 
         def take() -> None:
             """Fetches what the oldest pending step said, and writes a row of metrics where one is due."""
             nonlocal told, row
-            done, values, apart = pending.popleft()
-            values = jax.device_get(values)
+            done, values, apart, waited = pending.popleft()
+            values = jax.device_get(values) | {"data_wait": waited}
             clock.tick(done)
             if not values["finite"] and config.training.nonfinite == "stop":
                 raise RunError(_not_finite(config, done, values, saved))
@@ -164,8 +164,10 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
             if apart is None:
                 return
             row = metrics.summary(told) | {"ema_distance": float(apart)}
+            waits = row.pop("data_wait")
             if clock.pace:
                 row |= {"steps_per_s": 1 / clock.pace, "images_per_s": config.batch_size / clock.pace}
+                row["data_wait"] = waits / clock.pace
                 if peak:
                     row["mfu"] = flops / clock.pace / (peak * jax.device_count())
             clock.restart(done)
@@ -177,7 +179,8 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
         for i in range(first, config.steps):
             if profile and i - first in (PROFILED.start, PROFILED.stop):
                 _profile(i - first == PROFILED.start, workdir, state, tell)
-            state, values = step(key, state, batch_of(i))
+            batch, waited = _timed(batch_of, i, values)
+            state, values = step(key, state, batch)
             done = i + 1
             if i == first:
                 jax.block_until_ready(state)
@@ -189,7 +192,7 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
             early = not grids and i > first and time.time() - start > FIRST_GRID and jax.process_count() == 1
             # Who asks to stop may not wait for a grid.
             draws = (done % config.training.sample_every == 0 or last or early) and not stopping
-            pending.append((done, values, distance(state, runs.average(config)) if logs else None))
+            pending.append((done, values, distance(state, runs.average(config)) if logs else None, waited))
             # Before anything is saved or drawn, all that led to it has proved finite.
             while len(pending) > (0 if saves or draws else BEHIND):
                 take()
@@ -237,6 +240,18 @@ def _programs(config, experiment, optimizer, mesh):
     step = make_step(experiment, optimizer, config.training.accumulate)
     jitted = jax.jit(step, donate_argnums=1, out_shardings=(shardings, meshes.replicated(mesh)))
     return jax.jit(init, out_shardings=shardings), jitted, shapes, shardings
+
+
+def _timed(batch_of, i: int, before) -> tuple[dict[str, jax.Array], float]:
+    """Batch i, and at most how many seconds the device waited for it.
+
+    While the device is at steps it was given before, it waits for nothing. Where it is done with those when the batch is there
+    (`before` is what the last one says), all the time that the batch took counts.
+    """
+    start = time.perf_counter()
+    batch = batch_of(i)
+    busy = before is None or not before["loss"].is_ready()  # the first step of a process has to compile
+    return batch, 0.0 if busy else time.perf_counter() - start
 
 
 class _Clock:
