@@ -2,9 +2,9 @@
 
     python benchmarks/input_pipeline.py [--data_dir=DIR] [--publish]
 
-Rates, in turns: `batch_at` from the uint8 memory map; with `meshes.put` on the device; with flips inside jit, as in a train step; and,
-where torch is installed, a DataLoader of two workers over the same images as one tensor, each flipped with probability 1/2 by its
-worker. Without --data_dir, where TFDS prepared CIFAR-10, the images are random numbers in a memory map of the same size.
+Rates, in turns: `batch_at` from the uint8 memory map; with `meshes.put` on the device; with flips inside jit, as in a train step;
+and, where torch is installed, a DataLoader of two workers over the same images as one tensor, each flipped with probability 1/2
+by its worker. Without --data_dir, where TFDS prepared CIFAR-10, the images are random numbers in a memory map of the same size.
 
 What a step loses: steps with a batch each against steps that all get the same one, in turns. Of a device that takes 12 or 25 ms a
 step, as an accelerator may, and is not here: a thread that sleeps as long, given work two steps ahead as train.py does. And of the
@@ -220,7 +220,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for ms in args.step_ms:
             get = lambda i: put(dataset, mesh, i, args.batch)  # noqa: E731
             step = sleeping(ms / 1000)
-            lost.append([f"a device that sleeps {ms:g} ms", *losses(step, lambda f: f.result(), None, get, args.steps, args.repeats)])
+            lost.append(
+                [f"a device that sleeps {ms:g} ms", *losses(step, lambda f: f.result(), None, get, args.steps, args.repeats)]
+            )
     import digits
 
     config = digits.get_config()
@@ -230,7 +232,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     lost.append(["the digits' step here", *losses(step, jax.block_until_ready, state, get, args.steps, args.repeats)])
     body += "\n\n" + table(["time lost to data", "as train.py has it", "with a thread"], lost)
     more, waited = whole_loop(config, step, state, args.steps, min(args.repeats, 5))
-    body += f"\n\ntrain.py with configs/digits.py takes {more} longer a step than the bare step in a loop; its data_wait is {waited}."
+    body += (
+        f"\n\ntrain.py with configs/digits.py takes {more} longer a step than the bare step in a loop; its data_wait is {waited}."
+    )
     print(body)
     if args.publish:
         command = f"python benchmarks/input_pipeline.py{' --data_dir=DIR' if args.data_dir else ''} --publish"

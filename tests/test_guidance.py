@@ -277,7 +277,9 @@ def of_pairs(cond, uncond):
     """The denoiser of twice the batch: cond's prediction of its even rows, uncond's of the odd ones."""
 
     def both(x, level):
-        parts = (f(x[i::2], level if level.sigma.ndim == 0 else Level(*(a[i::2] for a in level))) for i, f in enumerate((cond, uncond)))
+        parts = (
+            f(x[i::2], level if level.sigma.ndim == 0 else Level(*(a[i::2] for a in level))) for i, f in enumerate((cond, uncond))
+        )
         return jax.tree.map(lambda a, b: jnp.stack([a, b], 1).reshape(-1, *a.shape[1:]), *parts)
 
     return both
@@ -286,8 +288,8 @@ def of_pairs(cond, uncond):
 @pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
 @pytest.mark.parametrize("scale", [0.0, 1.0, 4.0, jnp.asarray([0.0, 1.0, 2.0, 3.0]).reshape(4, 1, 1)], ids=str)
 def test_at_once_is_classifier_free_guidance(level, scale):
-    cond, uncond = (with_aux(f, jnp.arange(4.0) + 10 * i) for i, f in enumerate((COND, UNCOND)))
-    both = of_pairs(lambda x, l: COND(x, l)._replace(aux=jnp.arange(4.0)), lambda x, l: UNCOND(x, l)._replace(aux=jnp.full(4, 9.0)))
+    cond, uncond = with_aux(COND, jnp.arange(4.0)), with_aux(UNCOND, jnp.full(4, 9.0))
+    both = of_pairs(cond, uncond)
     want = guidance.classifier_free(cond, uncond, scale)(X, level)
     chex.assert_trees_all_close(guidance.at_once(cond, both, scale)(X, level), want, atol=1e-6)
 
