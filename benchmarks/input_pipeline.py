@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "configs")]
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from measure import publish, ratio, spread, table, turns
 
@@ -120,25 +121,25 @@ def in_a_thread(get: Callable[[int], Any], steps: int) -> Iterator[Callable[[int
 
 
 def sleeping(seconds: float) -> Callable[[Any, Any], Any]:
-    """A device of one queue whose step takes `seconds`: step(what the one before gave, batch) -> what to wait for."""
+    """A device of one queue whose step takes `seconds`: step(state, batch) -> (state, what to wait for)."""
     device = ThreadPoolExecutor(1)
 
-    def step(before: Any, batch: Any) -> Any:
-        return device.submit(lambda: (jax.block_until_ready(batch), time.sleep(seconds)))
+    def step(state: Any, batch: Any) -> Any:
+        return state, device.submit(lambda: (jax.block_until_ready(batch), time.sleep(seconds)))
 
     return step
 
 
-def loop(step: Callable[[Any, Any], Any], wait: Callable[[Any], Any], state: Any, get: Callable[[int], Any], steps: int) -> Any:
-    """`steps` steps, never more than AHEAD of them unfinished when the next batch is made."""
+def loop(step: Callable[[Any, Any], Any], wait: Callable[[Any], Any], state: Any, get: Callable[[int], Any], steps: int) -> None:
+    """`steps` steps from `state` on, never more than AHEAD of them unfinished when the next batch is made."""
     pending: collections.deque = collections.deque()
+    state = jax.tree.map(jnp.copy, state)  # steps are given theirs to overwrite
     for i in range(steps):
-        state = step(state, get(i))
-        pending.append(state)
+        state, told = step(state, get(i))
+        pending.append(told)
         if len(pending) > AHEAD:
             wait(pending.popleft())
-    wait(state)
-    return state
+    wait(told)
 
 
 def losses(step: Any, wait: Any, state: Any, get: Callable[[int], Any], steps: int, repeats: int) -> list[str]:
@@ -149,14 +150,12 @@ def losses(step: Any, wait: Any, state: Any, get: Callable[[int], Any], steps: i
         with in_a_thread(get, steps) as ready:
             loop(step, wait, state, ready, steps)
 
-    seconds = turns(
-        {
-            "same": lambda: loop(step, wait, state, lambda i: same, steps) and None,
-            "plain": lambda: loop(step, wait, state, get, steps) and None,
-            "thread": threaded,
-        },
-        repeats,
-    )
+    functions = {
+        "same": lambda: loop(step, wait, state, lambda i: same, steps),
+        "plain": lambda: loop(step, wait, state, get, steps),
+        "thread": threaded,
+    }
+    seconds = turns(functions, repeats)
     return [percent(seconds[name] / seconds["same"] - 1) for name in ("plain", "thread")]
 
 
@@ -166,11 +165,11 @@ def percent(values: np.ndarray) -> str:
 
 
 def digits_step(config: Any) -> tuple[Callable[[Any, Any], Any], Any]:
-    """The digits' own step, step(state, batch) -> state, not donated so that every turn starts alike, and the first state."""
+    """The digits' own step, step(state, batch) -> (state, metrics), and the first state."""
     built, optimizer, key = experiment.build(config), make_optimizer(config.optimizer), jax.random.key(0)
-    step = jax.jit(make_step(built, optimizer))
+    step = jax.jit(make_step(built, optimizer), donate_argnums=1)
     state = jax.jit(lambda key: init_state(built, optimizer, config.training.ema, key))(key)
-    return lambda state, batch: step(key, state, batch)[0], state
+    return lambda state, batch: step(key, state, batch), state
 
 
 def whole_loop(config: Any, step: Any, state: Any, steps: int, repeats: int) -> tuple[str, str]:
@@ -187,7 +186,7 @@ def whole_loop(config: Any, step: Any, state: Any, steps: int, repeats: int) -> 
             train.train(config, folder)
             rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
         rows = [row for row in rows if "steps_per_s" in row]
-        bare = turns({"": lambda: loop(step, jax.block_until_ready, state, lambda i: batch, steps) and None}, 1)[""][0] / steps
+        bare = turns({"": lambda: loop(step, jax.block_until_ready, state, lambda i: batch, steps)}, 1)[""][0] / steps
         pace.append(np.median([1 / row["steps_per_s"] for row in rows]) / bare)
         waited += [row["data_wait"] for row in rows]
     return percent(np.array(pace) - 1), percent(np.array(waited))
@@ -205,40 +204,45 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--publish", action="store_true", help="add the tables to docs/benchmarks.md")
     args = parser.parse_args(argv)
     mesh = meshes.make_mesh((-1, 1))
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+    said = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        print(text + "\n", flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
         dataset, what = images_of(args.data_dir, args.images, folder)
-        seconds = turns(rates(dataset, mesh, args.batch, args.batches, stack), args.repeats)
-        n = args.batch * args.batches
-        full = seconds["and flipped"]
+        with contextlib.ExitStack() as stack:
+            seconds = turns(rates(dataset, mesh, args.batch, args.batches, stack), args.repeats)
+        n, full = args.batch * args.batches, seconds["and flipped"]
         rows = [[name, f"{n / np.median(taken):,.0f}", ratio(taken, full)] for name, taken in seconds.items()]
         if "torch DataLoader" not in seconds:
             rows.append(["torch DataLoader", "torch is not installed", ""])
-        columns = [f"{what}, batches of {args.batch}", "images/s", "its time over that of all of ours"]
-        body = table(columns, rows)
+        say(table([f"{what}, batches of {args.batch}", "images/s", "its time over that of all of ours"], rows))
 
         lost = []
         for ms in args.step_ms:
-            get = lambda i: put(dataset, mesh, i, args.batch)  # noqa: E731
-            step = sleeping(ms / 1000)
-            lost.append(
-                [f"a device that sleeps {ms:g} ms", *losses(step, lambda f: f.result(), None, get, args.steps, args.repeats)]
+            own = losses(
+                sleeping(ms / 1000),
+                lambda f: f.result(),
+                None,
+                lambda i: put(dataset, mesh, i, args.batch),
+                args.steps,
+                args.repeats,
             )
+            lost.append([f"a device that sleeps {ms:g} ms", *own])
     import digits
 
-    config = digits.get_config()
+    config, images = digits.get_config(), data.load("digits")
     step, state = digits_step(config)
-    own = data.load("digits")
-    get = lambda i: put(own, mesh, i, config.batch_size)  # noqa: E731
-    lost.append(["the digits' step here", *losses(step, jax.block_until_ready, state, get, args.steps, args.repeats)])
-    body += "\n\n" + table(["time lost to data", "as train.py has it", "with a thread"], lost)
+    own = losses(step, jax.block_until_ready, state, lambda i: put(images, mesh, i, config.batch_size), args.steps, args.repeats)
+    lost.append(["the digits' step here", *own])
+    say(table(["time lost to data", "as train.py has it", "with a thread"], lost))
     more, waited = whole_loop(config, step, state, args.steps, min(args.repeats, 5))
-    body += (
-        f"\n\ntrain.py with configs/digits.py takes {more} longer a step than the bare step in a loop; its data_wait is {waited}."
-    )
-    print(body)
+    say(f"train.py with configs/digits.py takes {more} longer a step than the bare step in a loop; its data_wait is {waited}.")
     if args.publish:
         command = f"python benchmarks/input_pipeline.py{' --data_dir=DIR' if args.data_dir else ''} --publish"
-        publish("Input pipeline", body, command)
+        publish("Input pipeline", "\n\n".join(said), command)
 
 
 if __name__ == "__main__":
