@@ -36,6 +36,7 @@ from measure import publish, ratio, spread, table, turns
 
 from jaxdiff import data, experiment
 from jaxdiff import mesh as meshes
+from jaxdiff.cli import enable_compile_cache
 from jaxdiff.training import init_state, make_optimizer, make_step
 
 AHEAD = 2  # as train.py's BEHIND
@@ -176,8 +177,10 @@ def whole_loop(config: Any, step: Any, state: Any, steps: int, repeats: int) -> 
     """train.py's seconds a step against those of the bare step, and the waiting for data that train.py itself tells."""
     import train
 
+    enable_compile_cache()  # each run builds its programs anew
     config.update(steps=steps)
     config.training.update(log_every=max(steps // 4, 1), sample_every=10**9, save_every=10**9)
+    config.sampling.update(num=1, steps=1)
     digits, mesh = data.load("digits"), meshes.make_mesh((-1, 1))
     batch = put(digits, mesh, 0, config.batch_size)
     pace, waited = [], []
