@@ -36,6 +36,7 @@ def test_calls_take_every_step_once_and_stop_where_something_is_written(first, m
         assert stop <= first or stop in [i + n for i, n in calls]
 
 
+@pytest.mark.slow
 def test_steps_in_turn_are_the_same_steps():
     c = config(**{"training.ema": (0.9,)})
     built, optimizer, key = experiment.build(c), training.make_optimizer(c.optimizer), jax.random.key(1)
