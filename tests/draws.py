@@ -28,6 +28,17 @@ def images(params, solver: str, n: int, first: int = 0) -> np.ndarray:
     return meshes.fetch(draw(params, asked.keys, made, asked.levels, (n, *built.shape)))
 
 
+def guided(params, n: int, guidance: float = 2.0) -> tuple[np.ndarray, list[str]]:
+    """Encoded images of n, guided, and what the devices tell each other in the compiled program."""
+    c = config()
+    built = experiment.build(c)
+    asked = run.request(c, built, params, keys(np.arange(n)), n, 6, "ddim", np.arange(n) % 10, guidance)
+    given = asked.keys, asked.make(np.arange(n)), asked.levels, 1.0, None
+    compiled = run._draw.lower(*given, shape=(n, *built.shape), mesh=run._mesh(params)).compile()
+    said = [word for word in ("all-gather", "all-to-all", "collective-permute") if word in compiled.as_text()]
+    return meshes.fetch(draw(params, *given[:1], given[1], asked.levels, (n, *built.shape))), said
+
+
 def noise(params, n: int, first: int = 0) -> np.ndarray:
     """All noise of the same samples, float32 [n, 8, 8, 1]: that of the start and of three steps, added with weights.
 
@@ -59,4 +70,5 @@ def parameters():
 if __name__ == "__main__":
     params = parameters()
     arrays = {"noise": noise(params, 64)} | {solver: images(params, solver, 64) for solver in SOLVERS}
-    np.savez(sys.argv[1], devices=jax.device_count(), **arrays)
+    arrays["guided"], said = guided(params, 64)
+    np.savez(sys.argv[1], devices=jax.device_count(), said=said, **arrays)

@@ -273,6 +273,38 @@ def test_outside_the_interval_the_guided_network_is_not_evaluated():
     assert sorted(calls) == ["cond"] * 4 + ["uncond"]
 
 
+def of_pairs(cond, uncond):
+    """The denoiser of twice the batch: cond's prediction of its even rows, uncond's of the odd ones."""
+
+    def both(x, level):
+        parts = (
+            f(x[i::2], level if level.sigma.ndim == 0 else Level(*(a[i::2] for a in level))) for i, f in enumerate((cond, uncond))
+        )
+        return jax.tree.map(lambda a, b: jnp.stack([a, b], 1).reshape(-1, *a.shape[1:]), *parts)
+
+    return both
+
+
+@pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
+@pytest.mark.parametrize("scale", [0.0, 1.0, 4.0, jnp.asarray([0.0, 1.0, 2.0, 3.0]).reshape(4, 1, 1)], ids=str)
+def test_at_once_is_classifier_free_guidance(level, scale):
+    cond, uncond = with_aux(COND, jnp.arange(4.0)), with_aux(UNCOND, jnp.full(4, 9.0))
+    both = of_pairs(cond, uncond)
+    want = guidance.classifier_free(cond, uncond, scale)(X, level)
+    chex.assert_trees_all_close(guidance.at_once(cond, both, scale)(X, level), want, atol=1e-6)
+
+
+def test_at_once_evaluates_one_network_at_every_scale_and_at_one_that_of_the_batch_alone():
+    calls = []
+    cond, both = counted(calls, "cond", COND), counted(calls, "both", of_pairs(COND, UNCOND))
+    ask = jax.jit(chex.assert_max_traces(lambda scale, x, level: guidance.at_once(cond, both, scale)(x, level).x0, n=1))
+    for scale, want in ((1.0, "cond"), (3.0, "both"), (0.0, "both")):
+        calls.clear()
+        ask(scale, X, LEVELS["edm"]).block_until_ready()
+        jax.effects_barrier()
+        assert calls == [want]
+
+
 def numpy_rescale(cond, uncond, scale, share):
     """Lin et al. 2024, eqs. 13 to 16, sample by sample."""
     out = []
