@@ -30,19 +30,7 @@ from jaxdiff.autoencoding import Autoencoding
 from jaxdiff.data import latents
 from jaxdiff.errors import InputError, RunError
 from jaxdiff.evaluation import reconstruction
-from jaxdiff.names import whole
-from jaxdiff.training import (
-    averages,
-    checkpoint,
-    dryrun,
-    ema_distance,
-    hardware,
-    in_turn,
-    init_state,
-    make_optimizer,
-    make_step,
-    metrics,
-)
+from jaxdiff.training import averages, checkpoint, dryrun, ema_distance, hardware, init_state, make_optimizer, make_step, metrics
 
 FLAGS = flags.FLAGS
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, such as configs/digits.py.", lock_config=True)
@@ -146,7 +134,6 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
             snapshots = stack.enter_context(checkpoint.snapshots(workdir))
         writer = metrics.writer(workdir, first) if first_process else metrics.silent()
         stack.callback(writer.close)
-        several = jax.jit(in_turn(step), donate_argnums=1, out_shardings=(shardings, meshes.replicated(mesh)))
         distance = jax.jit(ema_distance, static_argnums=1, out_shardings=meshes.replicated(mesh))
 
         count = sum(a.size for a in jax.tree.leaves(shapes.params))
@@ -168,14 +155,12 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
         def take() -> None:
             """Fetches what the oldest pending step said, and writes a row of metrics where one is due."""
             nonlocal told, row
-            done, n, values, apart, waited = pending.popleft()
-            values = jax.device_get(values)
+            done, values, apart, waited = pending.popleft()
+            values = jax.device_get(values) | {"data_wait": waited}
             clock.tick(done)
-            for j in range(n):
-                one = (values if n == 1 else {name: each[j] for name, each in values.items()}) | {"data_wait": waited / n}
-                if not one["finite"] and config.training.nonfinite == "stop":
-                    raise RunError(_not_finite(config, done - n + 1 + j, one, saved))
-                told.append(one)
+            if not values["finite"] and config.training.nonfinite == "stop":
+                raise RunError(_not_finite(config, done, values, saved))
+            told.append(values)
             if apart is None:
                 return
             row = metrics.summary(told) | {"ema_distance": float(apart)}
@@ -191,12 +176,12 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
             bar.set_postfix(loss=f"{row['loss']:.4f}", **more)
             told = []
 
-        for i, n in _calls(config, first, 1 if profile else experiments.optional(config, "training", "steps_per_call")):
+        for i in range(first, config.steps):
             if profile and i - first in (PROFILED.start, PROFILED.stop):
                 _profile(i - first == PROFILED.start, workdir, state, tell)
-            batches, waited = _timed(batch_of, range(i, i + n), values)
-            state, values = step(key, state, batches[0]) if n == 1 else several(key, state, batches)
-            done = i + n
+            batch, waited = _timed(batch_of, i, values)
+            state, values = step(key, state, batch)
+            done = i + 1
             if i == first:
                 jax.block_until_ready(state)
                 tell(f"first step done, {time.time() - start:.0f} s after the start")
@@ -207,11 +192,11 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
             early = not grids and i > first and time.time() - start > FIRST_GRID and jax.process_count() == 1
             # Who asks to stop may not wait for a grid.
             draws = (done % config.training.sample_every == 0 or last or early) and not stopping
-            pending.append((done, n, values, distance(state, runs.average(config)) if logs else None, waited))
+            pending.append((done, values, distance(state, runs.average(config)) if logs else None, waited))
             # Before anything is saved or drawn, all that led to it has proved finite.
             while len(pending) > (0 if saves or draws else BEHIND):
                 take()
-            bar.update(n)
+            bar.update()
             if snapshots and (done % config.training.snapshot_every == 0 or done == config.steps):
                 checkpoint.save_snapshot(snapshots, done, {name: state.ema[name] for name in powers}, config)
             if saves:
@@ -259,30 +244,16 @@ def _programs(config, experiment, optimizer, mesh):
     return jax.jit(init, out_shardings=shardings), jitted, shapes, shardings
 
 
-def _calls(config, first: int, most: int):
-    """(i, n): the n steps from i on are one call, `most` of them or a single one, so that two programs do for all.
+def _timed(batch_of, i: int, before) -> tuple[dict[str, jax.Array], float]:
+    """Batch i, and at most how many seconds the device waited for it.
 
-    The first of a process is single, and none goes past a step after which something is written.
-    """
-    every = [config.training[f"{name}_every"] for name in ("log", "sample", "save", "snapshot")]
-    i = first
-    while i < config.steps:
-        end = min(config.steps, *(i // interval * interval + interval for interval in every if interval))
-        n = most if i > first and i % most == 0 and i + most <= end else 1
-        yield i, n
-        i += n
-
-
-def _timed(batch_of, steps: range, before) -> tuple[list[dict[str, jax.Array]], float]:
-    """The batches of steps, and at most how many seconds the device waited for them.
-
-    While the device is at steps it was given before, it waits for nothing. Where it is done with those when the batches are there
-    (`before` is what the last one says), all the time that they took counts.
+    While the device is at steps it was given before, it waits for nothing. Where it is done with those when the batch is there
+    (`before` is what the last one says), all the time that the batch took counts.
     """
     start = time.perf_counter()
-    batches = [batch_of(i) for i in steps]
+    batch = batch_of(i)
     busy = before is None or not before["loss"].is_ready()  # the first step of a process has to compile
-    return batches, 0.0 if busy else time.perf_counter() - start
+    return batch, 0.0 if busy else time.perf_counter() - start
 
 
 class _Clock:
@@ -459,9 +430,6 @@ def _check(config: ConfigDict, mesh) -> None:
     for name, smallest in least.items():
         if config.training[name] < smallest:
             raise InputError(f"config.training.{name}={config.training[name]} is out of range; it is at least {smallest}")
-    together = experiments.optional(config, "training", "steps_per_call")
-    if not whole(together, 1):
-        raise InputError(f"config.training.steps_per_call={together!r} is out of range; it is a whole number, at least 1")
     if config.batch_size % (mesh.size * config.training.accumulate):
         raise InputError(
             f"config.batch_size={config.batch_size} does not divide over the {mesh.size} device(s) times "

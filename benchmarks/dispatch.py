@@ -2,8 +2,7 @@
 
     python benchmarks/dispatch.py [--config=digits] [--batch=32] [--together=10] [--guided 4 32 128] [--publish]
 
-Steps: `--together` of them one by one, and by `training.in_turn` (training.steps_per_call), the state donated, on batches that are
-on the device. Guidance: one evaluation of the guided denoiser, at scale 3, by `guidance.classifier_free`, which asks the network
+Steps: `--together` of them one by one, and by a scan, the state donated, on batches that are on the device. Guidance: one evaluation of the guided denoiser, at scale 3, by `guidance.classifier_free`, which asks the network
 twice, and by `guidance.at_once`, which asks it once, for each of the batches given. Both take turns with their peer. The network is
 the config's, with ten classes, and `--channels` wide where given.
 """
@@ -24,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from measure import publish, ratio, table, turns
 
-from jaxdiff import denoiser, experiment, guidance, schedules
-from jaxdiff.training import in_turn, init_state, make_optimizer, make_step
+from jaxdiff import compiling, denoiser, experiment, guidance, schedules
+from jaxdiff.training import init_state, make_optimizer, make_step
 
 
 def config_of(name: str, channels: int, batch: int) -> Any:
@@ -42,11 +41,21 @@ def batch_of(config: Any, seed: int) -> dict[str, jax.Array]:
     return jax.device_put({"image": images, "label": np.arange(config.batch_size, dtype=np.int32) % 10})
 
 
+def in_turn(step: Any) -> Callable[..., Any]:
+    """Several steps as one: (key, state, their batches) -> (state, metrics), each metric with one of every step, [n, ...]."""
+
+    def run(key: jax.Array, state: Any, batches: Sequence[Any]) -> tuple[Any, Any]:
+        stacked = jax.tree.map(lambda *each: jnp.stack(each), *batches)
+        return jax.lax.scan(lambda state, batch: step(key, state, batch), state, stacked)
+
+    return run
+
+
 def steps(config: Any, together: int) -> dict[str, Callable[[], Any]]:
     """`together` training steps, one by one and in one call."""
     built, optimizer, key = experiment.build(config), make_optimizer(config.optimizer), jax.random.key(0)
     step = make_step(built, optimizer)
-    one, several = (jax.jit(f, donate_argnums=1) for f in (step, in_turn(step)))
+    one, several = (compiling.jit(f, donate_argnums=1) for f in (step, in_turn(step)))
     init = jax.jit(lambda key: init_state(built, optimizer, config.training.ema, key))
     batches = [batch_of(config, i) for i in range(together)]
     states = {"one": init(key), "several": init(key)}
@@ -81,7 +90,7 @@ def guided(config: Any, batch: int) -> dict[str, Callable[[], Any]]:
         pairs = jnp.stack([labels, jnp.full_like(labels, -1)], axis=1).reshape(-1)
         return guidance.at_once(of(params, labels), of(params, pairs), scale)(x, level).x0
 
-    return {name: functools.partial(jax.jit(f), params, jnp.float32(3)) for name, f in (("two", two), ("one", one))}
+    return {name: functools.partial(compiling.jit(f), params, jnp.float32(3)) for name, f in (("two", two), ("one", one))}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -54,7 +54,6 @@ KEYS: dict[str, tuple[str, ...]] = {
         "snapshot_every",
         "mesh",
         "accumulate",
-        "steps_per_call",
         "nonfinite",
     ),
     "sampling": ("ema", "times", "solver", "steps", "max_steps", "guidance", "num", "batch_size", "clip"),
@@ -88,7 +87,6 @@ OPTIONAL = {
     ("process", "loss"): "simple",
     ("process", "perceptual"): "",
     ("process", "discriminator"): "",
-    ("training", "steps_per_call"): 1,
 }
 # The same of an autoencoder, where that means something else.
 OPTIONAL_THERE = {("process", "loss"): "l1"}

@@ -299,12 +299,8 @@ def denoiser_of(
         labels = jnp.array(-1)
     made = of_label(labels)
     if experiment.classes and config.process.drop_label:
-        # Always, so that all scales are one program; at 1 nothing without a label is evaluated.
-        none = jnp.full_like(labels, -1)
-        if none.ndim:
-            made = guide.at_once(made, of_label(jnp.stack([jnp.asarray(labels), none], axis=1).reshape(-1)), guidance)
-        else:  # one label for a batch of any size
-            made = guide.classifier_free(made, of_label(none), guidance)
+        # Always, so that all scales are one program; at 1 the second network is not evaluated.
+        made = guide.classifier_free(made, of_label(jnp.full_like(labels, -1)), guidance)
     if log_prob is not None:
         made = guide.classifier(made, log_prob, scale)
     return guide.clip(made, *codecs.ends(experiment.codec, experiment.shape)) if config.sampling.clip else made

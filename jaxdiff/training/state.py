@@ -159,16 +159,6 @@ def make_step(experiment: Experiment, optimizer: optax.GradientTransformation, a
     return step
 
 
-def in_turn(step: Step) -> Callable[[Array, TrainState, Sequence[dict[str, Array]]], tuple[TrainState, dict[str, Array]]]:
-    """Several steps as one: (key, state, their batches) -> (state, metrics), where each metric has one of every step, [n, ...]."""
-
-    def steps(key: Array, state: TrainState, batches: Sequence[dict[str, Array]]) -> tuple[TrainState, dict[str, Array]]:
-        stacked = jax.tree.map(lambda *each: jnp.stack(each), *batches)
-        return jax.lax.scan(lambda state, batch: step(key, state, batch), state, stacked)
-
-    return steps
-
-
 def ema_distance(state: TrainState, name: str) -> Array:
     """How far the parameters are from their average `name`, as a share of the average's own norm, []."""
     return _norm(jax.tree.map(jnp.subtract, _network(state.params), state.ema[name])) / _norm(state.ema[name])
