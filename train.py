@@ -30,7 +30,18 @@ from jaxdiff.autoencoding import Autoencoding
 from jaxdiff.data import latents
 from jaxdiff.errors import InputError, RunError
 from jaxdiff.evaluation import reconstruction
-from jaxdiff.training import averages, checkpoint, dryrun, ema_distance, hardware, init_state, make_optimizer, make_step, metrics
+from jaxdiff.training import (
+    averages,
+    checkpoint,
+    dryrun,
+    ema_distance,
+    hardware,
+    init_state,
+    jit_init,
+    make_optimizer,
+    make_step,
+    metrics,
+)
 
 FLAGS = flags.FLAGS
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, such as configs/digits.py.", lock_config=True)
@@ -55,12 +66,14 @@ BEHIND = 2
 PROFILED = range(5, 10)
 
 
-def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profile: bool = False) -> None:
-    """Trains `config` in `workdir` to config.steps, from the newest good checkpoint there.
+def train(
+    config: ConfigDict, workdir: Path | str, dry_run: bool = False, profile: bool = False, start: float | None = None
+) -> None:
+    """Trains `config` in `workdir` to config.steps, from the newest good checkpoint there; `start` is when the process began.
 
     Raises InputError for wrong input, RunError where the run cannot go on.
     """
-    start = time.time()
+    start = time.time() if start is None else start
     first_process = meshes.first_process()
 
     def say(line: str) -> None:
@@ -106,9 +119,9 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
     def batch_of(i: int) -> dict[str, jax.Array]:
         return meshes.put(mesh, config.batch_size, lambda part, n: at(config.seed, i, config.batch_size, part, n))
 
-    init, step, shapes, shardings = _programs(config, experiment, optimizer, mesh)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
+        init, step, shapes, shardings = _programs(config, experiment, optimizer, mesh)
         show, then = _task(config, experiment, mesh, workdir, dataset, say)
         say(f"{config.data.name}: {len(dataset.images)} images {dataset.images.shape[1:]}, {jax.device_count()} "
             f"{jax.devices()[0].device_kind} device(s), {jax.process_count()} process(es), writing to {workdir}")  # fmt: skip
@@ -181,7 +194,7 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
             done = i + 1
             if i == first:
                 jax.block_until_ready(state)
-                tell(f"first step done, {time.time() - start:.0f} s after the start")
+                tell(f"first step done, {time.time() - start:.1f} s after the start")
             stopping = _stopping(stop, done)
             last = done == config.steps or stopping
             logs = done % config.training.log_every == 0 or last
@@ -236,7 +249,7 @@ def _programs(config, experiment, optimizer, mesh):
     shardings = meshes.state_shardings(mesh, shapes)
     step = make_step(experiment, optimizer, config.training.accumulate)
     jitted = jax.jit(step, donate_argnums=1, out_shardings=(shardings, meshes.replicated(mesh)))
-    return jax.jit(init, out_shardings=shardings), jitted, shapes, shardings
+    return jit_init(init, shardings), jitted, shapes, shardings
 
 
 class _Clock:
@@ -508,7 +521,7 @@ def main() -> None:
     name = Path(config_flags.get_config_filename(FLAGS["config"])).stem
     workdir = FLAGS.workdir or Path("runs") / name
     with contextlib.nullcontext() if FLAGS.dry_run else checkpoint.only_one(workdir):
-        train(CONFIG.value, workdir, FLAGS.dry_run, FLAGS.profile)
+        train(CONFIG.value, workdir, FLAGS.dry_run, FLAGS.profile, time.time() - cli.age())
 
 
 if __name__ == "__main__":
