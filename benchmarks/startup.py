@@ -5,8 +5,8 @@
 Each time is of a process of its own: seconds by the clock, and of the processor (all threads together, so that other jobs count
 less), medians with quartiles. `import jaxdiff` takes turns with `import jax, flax.linen`. To the first step: what train.py says of
 `--run`, from the start of its process, cold with an empty compile cache, warm with the one that leaves. Then, of each config, the
-start of the state by `training.jit_init` and by `jax.jit`, and the train step, traced and lowered, and compiled: cold without a cache,
-warm from a filled one.
+start of the state by `training.jit_init` and by `jax.jit`, and the train step, traced and lowered, and compiled: cold without any
+cache, warm from a filled one.
 """
 
 import argparse

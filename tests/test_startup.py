@@ -104,3 +104,15 @@ def test_the_age_is_that_of_the_process():
     time.sleep(0.05)
     assert cli.age() - first == pytest.approx(time.perf_counter() - then, abs=0.02)
     assert first > then - BEGAN  # this file was imported after the process began
+
+
+@pytest.mark.slow
+def test_the_benchmark_tells_what_the_import_takes(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE.parent))
+    from benchmarks import startup
+
+    startup.main(["--configs=", "--run=", "--repeats=1"])
+    told = capsys.readouterr().out
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ")[2] for line in told.splitlines() if line.startswith("| ")}
+    assert float(rows["import jaxdiff"].split()[0]) > 0.1
+    assert "s of the processor more than" in told
