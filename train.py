@@ -30,7 +30,18 @@ from jaxdiff.autoencoding import Autoencoding
 from jaxdiff.data import latents
 from jaxdiff.errors import InputError, RunError
 from jaxdiff.evaluation import reconstruction
-from jaxdiff.training import averages, checkpoint, dryrun, ema_distance, hardware, init_state, make_optimizer, make_step, metrics
+from jaxdiff.training import (
+    averages,
+    checkpoint,
+    dryrun,
+    ema_distance,
+    hardware,
+    init_state,
+    jit_init,
+    make_optimizer,
+    make_step,
+    metrics,
+)
 
 FLAGS = flags.FLAGS
 CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, such as configs/digits.py.", lock_config=True)
@@ -55,12 +66,14 @@ BEHIND = 2
 PROFILED = range(5, 10)
 
 
-def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profile: bool = False) -> None:
-    """Trains `config` in `workdir` to config.steps, from the newest good checkpoint there.
+def train(
+    config: ConfigDict, workdir: Path | str, dry_run: bool = False, profile: bool = False, start: float | None = None
+) -> None:
+    """Trains `config` in `workdir` to config.steps, from the newest good checkpoint there; `start` is when the process began.
 
     Raises InputError for wrong input, RunError where the run cannot go on.
     """
-    start = time.time()
+    start = time.time() if start is None else start
     first_process = meshes.first_process()
 
     def say(line: str) -> None:
@@ -106,9 +119,9 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
     def batch_of(i: int) -> dict[str, jax.Array]:
         return meshes.put(mesh, config.batch_size, lambda part, n: at(config.seed, i, config.batch_size, part, n))
 
-    init, step, shapes, shardings = _programs(config, experiment, optimizer, mesh)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
+        init, step, shapes, shardings = _programs(config, experiment, optimizer, mesh)
         show, then = _task(config, experiment, mesh, workdir, dataset, say)
         say(f"{config.data.name}: {len(dataset.images)} images {dataset.images.shape[1:]}, {jax.device_count()} "
             f"{jax.devices()[0].device_kind} device(s), {jax.process_count()} process(es), writing to {workdir}")  # fmt: skip
@@ -134,7 +147,7 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
             snapshots = stack.enter_context(checkpoint.snapshots(workdir))
         writer = metrics.writer(workdir, first) if first_process else metrics.silent()
         stack.callback(writer.close)
-        distance = jax.jit(ema_distance, static_argnums=1, out_shardings=meshes.replicated(mesh))
+        distance = compiling.jit(ema_distance, static_argnums=1, out_shardings=meshes.replicated(mesh))
 
         count = sum(a.size for a in jax.tree.leaves(shapes.params))
         say(f"{count:,} parameters; compiling the train step (about a minute for a large network, cached for next time) ...")
@@ -163,6 +176,8 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
             told.append(values)
             if apart is None:
                 return
+            if not np.isfinite(apart):
+                raise RunError(_broken(config, done, saved))
             row = metrics.summary(told) | {"ema_distance": float(apart)}
             waits = row.pop("data_wait")
             if clock.pace:
@@ -184,7 +199,7 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
             done = i + 1
             if i == first:
                 jax.block_until_ready(state)
-                tell(f"first step done, {time.time() - start:.0f} s after the start")
+                tell(f"first step done, {time.time() - start:.1f} s after the start")
             stopping = _stopping(stop, done)
             last = done == config.steps or stopping
             logs = done % config.training.log_every == 0 or last
@@ -192,7 +207,7 @@ def train(config: ConfigDict, workdir: Path | str, dry_run: bool = False, profil
             early = not grids and i > first and time.time() - start > FIRST_GRID and jax.process_count() == 1
             # Who asks to stop may not wait for a grid.
             draws = (done % config.training.sample_every == 0 or last or early) and not stopping
-            pending.append((done, values, distance(state, runs.average(config)) if logs else None, waited))
+            pending.append((done, values, distance(state, runs.average(config)) if logs or saves else None, waited))
             # Before anything is saved or drawn, all that led to it has proved finite.
             while len(pending) > (0 if saves or draws else BEHIND):
                 take()
@@ -241,7 +256,7 @@ def _programs(config, experiment, optimizer, mesh):
     jitted = jax.jit(
         step, donate_argnums=1, out_shardings=(shardings, meshes.replicated(mesh)), compiler_options=compiling.options() or None
     )
-    return jax.jit(init, out_shardings=shardings), jitted, shapes, shardings
+    return jit_init(init, shardings), jitted, shapes, shardings
 
 
 def _timed(batch_of, i: int, before) -> tuple[dict[str, jax.Array], float]:
@@ -289,6 +304,14 @@ def _not_finite(config, done: int, values, saved: int) -> str:
         f"batch_at(dataset, seed={config.seed}, step={done - 1}, batch_size={config.batch_size}) and its key "
         f"fold_in(key({config.seed}), {done - 1}); nothing is saved after step {saved}; "
         f"--config.training.nonfinite=skip passes over such steps"
+    )
+
+
+def _broken(config, done: int, saved: int) -> str:
+    return (
+        f"the parameters are not finite at step {done}, though loss and gradient were: the update of optimizer.name="
+        f"{config.optimizer.name!r} at learning_rate={config.optimizer.learning_rate} times optimizer.schedule="
+        f"{config.optimizer.schedule!r} is not; nothing is saved after step {saved}"
     )
 
 
@@ -525,7 +548,7 @@ def main() -> None:
     name = Path(config_flags.get_config_filename(FLAGS["config"])).stem
     workdir = FLAGS.workdir or Path("runs") / name
     with contextlib.nullcontext() if FLAGS.dry_run else checkpoint.only_one(workdir):
-        train(CONFIG.value, workdir, FLAGS.dry_run, FLAGS.profile)
+        train(CONFIG.value, workdir, FLAGS.dry_run, FLAGS.profile, time.time() - cli.age())
 
 
 if __name__ == "__main__":

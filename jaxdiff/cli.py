@@ -5,6 +5,7 @@ import os
 import re
 import runpy
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -51,6 +52,17 @@ def enable_compile_cache() -> None:
     if jax.config.values["jax_compilation_cache_dir"] is None:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(root / "jaxdiff" / "xla"))
+        # Small programs too: a start has about 80, of a few KB each, and compiling them takes longer than reading them.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def age() -> float:
+    """For how many seconds this process has run; where the system does not say, for how many it has computed."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return time.process_time()
 
 
 def _parse(argv: list[str], arguments: Sequence[str] = ()) -> list[str]:

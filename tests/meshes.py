@@ -16,7 +16,7 @@ from tiny import config
 from jaxdiff import data, experiment
 from jaxdiff import mesh as meshes
 from jaxdiff import run as runs
-from jaxdiff.training import init_state, make_optimizer, make_step
+from jaxdiff.training import init_state, jit_init, make_optimizer, make_step
 from jaxdiff.training.dryrun import state_bytes
 
 
@@ -53,7 +53,7 @@ def main() -> None:
     shardings = meshes.state_shardings(mesh, jax.eval_shape(init, key))
     step = jax.jit(make_step(built, optimizer), donate_argnums=1, out_shardings=(shardings, meshes.replicated(mesh)))
     with jax.set_mesh(mesh):
-        state = jax.jit(init, out_shardings=shardings)(key)
+        state = jit_init(init, shardings)(key)
         batches = [meshes.put(mesh, 16, lambda part, n, i=i: data.batch_at(digits, 0, i, 16, part, n)) for i in range(20)]
         compiled, losses = step.lower(key, state, batches[0]).compile(), []
         if len(sys.argv) > 2:
