@@ -194,8 +194,8 @@ def train(
         for i in range(first, config.steps):
             if profile and i - first in (PROFILED.start, PROFILED.stop):
                 _profile(i - first == PROFILED.start, workdir, state, tell)
-            batch, waited = _timed(batch_of, i, values)
-            state, values = step(key, state, batch)
+            images, waited = _timed(batch_of, i, values)
+            state, values = step(key, state, images)
             done = i + 1
             if i == first:
                 jax.block_until_ready(state)

@@ -2,10 +2,10 @@
 
     python benchmarks/dispatch.py [--config=digits] [--batch=32] [--together=10] [--guided 4 32 128] [--publish]
 
-Steps: `--together` of them one by one, and by a scan, the state donated, on batches that are on the device. Guidance: one evaluation
-of the guided denoiser, at scale 3, by `guidance.classifier_free`, which asks the network twice, and by `guidance.at_once`, which
-asks it once, for each of the batches given. Both take turns with their peer. The network is the config's, with ten classes, and
-`--channels` wide where given.
+Steps: `--together` of them one by one, and by a scan, the state donated, on batches on the device. Guidance: one evaluation of the
+guided denoiser, at scale 3, by `guidance.classifier_free`, which asks the network twice, and by `guidance.at_once`, which asks it
+once, for each of the batches given. Both take turns with their peer. The network is the config's, with ten classes, and `--channels`
+wide where given.
 """
 
 import argparse

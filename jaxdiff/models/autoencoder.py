@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff.codebook import quantise
-from jaxdiff.models.parts import Attention, Leave, ResBlock, Up
+from jaxdiff.models.parts import Attention, Dense, Leave, ResBlock, Up
 from jaxdiff.models.unet import Part, Trunk
 
 Array = jax.Array
@@ -108,8 +108,8 @@ class AutoencoderKL(Autoencoder):
 
     def setup(self):
         self.encoder, self.decoder = self.ways(2 * self.latent_channels)
-        self.quant_conv = nn.Dense(2 * self.latent_channels)
-        self.post_quant_conv = nn.Dense(self.latent_channels)
+        self.quant_conv = Dense(2 * self.latent_channels)
+        self.post_quant_conv = Dense(self.latent_channels)
 
     def encode(self, x: Array, train: bool = False) -> tuple[Array, Array]:
         mean, logvar = jnp.split(self.quant_conv(self.encoder(x, train)), 2, axis=-1)
@@ -136,8 +136,8 @@ class AutoencoderVQ(Autoencoder):
 
     def setup(self):
         self.encoder, self.decoder = self.ways(self.latent_channels)
-        self.quant_conv = nn.Dense(self.code_channels)
-        self.post_quant_conv = nn.Dense(self.latent_channels)
+        self.quant_conv = Dense(self.code_channels)
+        self.post_quant_conv = Dense(self.latent_channels)
         self.codebook = self.param("codebook", _around_zero, (self.codes, self.code_channels), jnp.float32)
 
     def encode(self, x: Array, train: bool = False) -> Array:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdiff.models.parts import INIT, ZERO, Sinusoidal, conv
+from jaxdiff.models.parts import INIT, ZERO, Dense, Sinusoidal, conv
 from jaxdiff.models.unet import Part
 
 Array = jax.Array
@@ -118,21 +118,22 @@ class Block(nn.Module):
     def __call__(self, h: Array, embedding: Array) -> tuple[Array, None]:
         width = h.shape[-1]
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(6, width, self.dtype)(embedding)
-        h = h + gate1 * self.attend(layer_norm(self.dtype)(h) * (1 + scale1) + shift1)
+        h = (h + gate1 * self.attend(layer_norm(self.dtype)(h) * (1 + scale1) + shift1)).astype(self.dtype)
         a = layer_norm(self.dtype, self.mlp_epsilon)(h) * (1 + scale2) + shift2
-        a = nn.Dense(4 * width, dtype=self.dtype, kernel_init=INIT, name="mlp1")(a)
-        return h + gate2 * nn.Dense(width, dtype=self.dtype, kernel_init=INIT, name="mlp2")(nn.gelu(a)), None
+        a = Dense(4 * width, dtype=self.dtype, kernel_init=INIT, name="mlp1")(a)
+        a = Dense(width, dtype=self.dtype, kernel_init=INIT, name="mlp2")(nn.gelu(a))
+        return (h + gate2 * a).astype(self.dtype), None
 
     def attend(self, h: Array) -> Array:
         batch, n, width = h.shape
         q, k, v = (
-            nn.Dense(width, dtype=self.dtype, kernel_init=THIRD, name=name)(h).reshape(batch, n, self.heads, width // self.heads)
+            Dense(width, dtype=self.dtype, kernel_init=THIRD, name=name)(h).reshape(batch, n, self.heads, width // self.heads)
             for name in ("q", "k", "v")
         )
         q, k = self.qk_norm(dtype=self.dtype, name="q_norm")(q), self.qk_norm(dtype=self.dtype, name="k_norm")(k)
         q, k = self.rotate(name="q_rotate")(q, self.grid), self.rotate(name="k_rotate")(k, self.grid)
         h = jax.nn.dot_product_attention(q, k, v).reshape(batch, n, width)
-        return nn.Dense(width, dtype=self.dtype, kernel_init=INIT, name="out")(h)
+        return Dense(width, dtype=self.dtype, kernel_init=INIT, name="out")(h)
 
 
 class DiT(nn.Module):
@@ -178,15 +179,15 @@ class DiT(nn.Module):
         shift, scale = modulation(2, self.width, self.dtype)(embedding)
         h = layer_norm(self.dtype)(h) * (1 + scale) + shift
         out = self.out_channels or channels
-        h = nn.Dense(self.patch**2 * out, dtype=self.dtype, kernel_init=ZERO, name="leave")(h).astype(jnp.float32)
+        h = Dense(self.patch**2 * out, dtype=self.dtype, kernel_init=ZERO, name="leave")(h).astype(jnp.float32)
         h = h.reshape(batch, rows, columns, self.patch, self.patch, out)
         return h.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height, width, out)
 
     def hear(self, logsnr: Array, cond: Any) -> Array:
         """The noise level and the label as one vector a sample, float32 [B, width]; row 0 of the labels' table is the null one."""
         h = self.time(TIME_FEATURES, name="time")(logsnr)
-        h = nn.Dense(self.width, kernel_init=SMALL, name="embed1")(h)
-        h = nn.Dense(self.width, kernel_init=SMALL, name="embed2")(nn.silu(h))
+        h = Dense(self.width, kernel_init=SMALL, name="embed1")(h)
+        h = Dense(self.width, kernel_init=SMALL, name="embed2")(nn.silu(h))
         if not self.classes:
             return h
         label = jnp.broadcast_to(cond.get("label", -1) if isinstance(cond, Mapping) else -1, logsnr.shape)
@@ -206,9 +207,12 @@ def layer_norm(dtype: Dtype, epsilon: float = 1e-6) -> nn.LayerNorm:
 
 
 def modulation(parts: int, width: int, dtype: Dtype):
-    """embedding [B, width] -> `parts` arrays [B, 1, width], all zero at first."""
-    dense = nn.Dense(parts * width, dtype=dtype, kernel_init=ZERO, name="modulation")
-    return lambda embedding: jnp.split(dense(nn.silu(embedding))[:, None], parts, axis=-1)
+    """embedding [B, width] -> `parts` arrays float32 [B, 1, width], all zero at first.
+
+    The map is in `dtype`; what is done with them is not, so that their gradients, sums over all positions, are summed in float32.
+    """
+    dense = Dense(parts * width, dtype=dtype, kernel_init=ZERO, name="modulation")
+    return lambda embedding: jnp.split(dense(nn.silu(embedding))[:, None].astype(jnp.float32), parts, axis=-1)
 
 
 def places(rows: int, columns: int, width: int) -> np.ndarray:

@@ -16,7 +16,7 @@ and embeddings are float32; convolutions and attention run in `dtype`.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -39,11 +39,56 @@ INIT = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 ZERO = nn.initializers.zeros_init()
 
 
+class Dense(nn.Module):
+    """A linear map of the last axis: [..., C] -> [..., features], in `dtype`; the gradient of its bias is a sum in float32.
+
+    Products and convolutions of 16-bit numbers are summed in float32 by every backend. What is summed over all positions for the
+    gradient of a bias is not, unless asked: on a CPU 65,536 ones in bfloat16 made 8192.
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: Dtype = jnp.float32
+    kernel_init: Any = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        return y + _everywhere(self.param("bias", ZERO, (self.features,), jnp.float32), y) if self.use_bias else y
+
+
+class Conv(nn.Module):
+    """A convolution [B, *space, C] -> [B, *space, features], in `dtype`; its bias is as a `Dense`'s."""
+
+    features: int
+    kernel_size: Sequence[int]
+    strides: Sequence[int]
+    padding: Any = "SAME"
+    dtype: Dtype = jnp.float32
+    kernel_init: Any = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = (*self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32).astype(self.dtype)
+        padding = [(self.padding,) * 2] * len(self.strides) if isinstance(self.padding, int) else self.padding
+        axes = "XYZ"[: len(self.strides)]
+        layout = (f"N{axes}C", f"{axes}IO", f"N{axes}C")
+        y = jax.lax.conv_general_dilated(x.astype(self.dtype), kernel, self.strides, padding, dimension_numbers=layout)
+        return y + _everywhere(self.param("bias", ZERO, (self.features,), jnp.float32), y)
+
+
+def _everywhere(bias: Array, y: Array) -> Array:
+    """float32 [C] or [B, 1, ..., 1, C] as y is; spread first, then cast, so that a gradient is cast first, then summed."""
+    return jnp.broadcast_to(bias, y.shape).astype(y.dtype)
+
+
 def conv(
     features: int, width: int, axes: int, dtype: Dtype, init=INIT, stride: int = 1, name: str | None = None, padding: Any = "SAME"
-) -> nn.Conv:
+) -> "Conv":
     """A convolution over `axes` spatial axes; at stride 2, "SAME" pads right and bottom, as DDPM's TensorFlow did."""
-    return nn.Conv(features, (width,) * axes, (stride,) * axes, padding, dtype=dtype, kernel_init=init, name=name)
+    return Conv(features, (width,) * axes, (stride,) * axes, padding, dtype, init, name=name)
 
 
 class GroupNorm(nn.Module):
@@ -279,10 +324,10 @@ class Embed(nn.Module):
         h = self.time(channels, name="time")(logsnr)
         if self.augment:
             change = jnp.broadcast_to(cond.get("augment", 0.0), (*logsnr.shape, self.augment)).astype(jnp.float32)
-            h = h + nn.Dense(h.shape[-1], use_bias=False, kernel_init=INIT, name="augment")(change)
+            h = h + Dense(h.shape[-1], use_bias=False, kernel_init=INIT, name="augment")(change)
         h = self.before(h, label)
-        h = nn.Dense(width, kernel_init=INIT, name="embed1")(h)
-        h = nn.Dense(width, kernel_init=INIT, name="embed2")(nn.silu(h))
+        h = Dense(width, kernel_init=INIT, name="embed1")(h)
+        h = Dense(width, kernel_init=INIT, name="embed2")(nn.silu(h))
         return self.after(h, label)
 
     def before(self, h: Array, label: Array) -> Array:
@@ -302,7 +347,7 @@ class OneHotEmbed(Embed):
         if not self.classes:
             return h
         one_hot = math.sqrt(self.classes) * jax.nn.one_hot(label, self.classes)
-        return h + nn.Dense(h.shape[-1], kernel_init=INIT, name="label")(one_hot)
+        return h + Dense(h.shape[-1], kernel_init=INIT, name="label")(one_hot)
 
     def after(self, h: Array, label: Array) -> Array:
         return h
@@ -372,12 +417,12 @@ class ResBlock(nn.Module):
         """x in the shape of what the block gives, by a linear map where they differ."""
         if x.shape == shape:
             return x
-        return nn.Dense(self.channels, dtype=self.dtype, kernel_init=INIT, name="shortcut")(self.resample(x))
+        return Dense(self.channels, dtype=self.dtype, kernel_init=INIT, name="shortcut")(self.resample(x))
 
     def condition(self, h: Array, embedding: Array) -> Array:
         """The embedding enters around the second norm."""
-        shift = nn.Dense(self.channels, dtype=self.dtype, kernel_init=INIT, name="embed")(embedding)
-        return self.norm2(h + _spread(shift, h))
+        shift = Dense(self.channels, dtype=self.dtype, kernel_init=INIT, name="embed")(embedding)
+        return self.norm2(h + _everywhere(_spread(shift, h), h))
 
     def norm2(self, h: Array) -> Array:
         return norm(self.channels, self.dtype, "norm2", self.epsilon, self.groups)(h)
@@ -389,8 +434,8 @@ class ADMBlock(ResBlock):
     epsilon: float = 1e-5
 
     def condition(self, h: Array, embedding: Array) -> Array:
-        both = nn.Dense(2 * self.channels, dtype=self.dtype, kernel_init=INIT, name="embed")(embedding)
-        scale, shift = jnp.split(_spread(both, h), 2, axis=-1)
+        both = Dense(2 * self.channels, dtype=self.dtype, kernel_init=INIT, name="embed")(embedding)
+        scale, shift = (_everywhere(part, h) for part in jnp.split(_spread(both, h), 2, axis=-1))
         return self.norm2(h) * (1 + scale) + shift
 
 
@@ -402,7 +447,7 @@ class ResBlockDown(ResBlock):
 
     def around(self, x: Array, shape: tuple[int, ...]) -> Array:
         x = halve(x)
-        return x if x.shape == shape else nn.Dense(self.channels, dtype=self.dtype, kernel_init=INIT, name="shortcut")(x)
+        return x if x.shape == shape else Dense(self.channels, dtype=self.dtype, kernel_init=INIT, name="shortcut")(x)
 
 
 class ResBlockUp(ResBlock):
@@ -413,7 +458,7 @@ class ResBlockUp(ResBlock):
 
     def around(self, x: Array, shape: tuple[int, ...]) -> Array:
         x = double(x)
-        return x if x.shape == shape else nn.Dense(self.channels, dtype=self.dtype, kernel_init=INIT, name="shortcut")(x)
+        return x if x.shape == shape else Dense(self.channels, dtype=self.dtype, kernel_init=INIT, name="shortcut")(x)
 
 
 class ADMBlockDown(ADMBlock, ResBlockDown):
@@ -428,8 +473,8 @@ class VDMBlock(ResBlock):
     """ResBlock whose embedding comes through a linear map without a bias, zero at first. Source: VDM appendix B."""
 
     def condition(self, h: Array, embedding: Array) -> Array:
-        shift = nn.Dense(self.channels, use_bias=False, dtype=self.dtype, kernel_init=ZERO, name="embed")(embedding)
-        return self.norm2(h + _spread(shift, h))
+        shift = Dense(self.channels, use_bias=False, dtype=self.dtype, kernel_init=ZERO, name="embed")(embedding)
+        return self.norm2(h + _everywhere(_spread(shift, h), h))
 
 
 class DDPMppBlock(ResBlock):
@@ -503,14 +548,39 @@ class Attention(nn.Module):
         heads = channels // self.width if self.width else self.heads
         h = self.before(x).reshape(batch, -1, channels)
         q, k, v = (
-            nn.Dense(channels, dtype=self.dtype, kernel_init=INIT, name=name)(h).reshape(batch, -1, heads, channels // heads)
+            Dense(channels, dtype=self.dtype, kernel_init=INIT, name=name)(h).reshape(batch, -1, heads, channels // heads)
             for name in ("q", "k", "v")
         )
-        h = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
-        return (x + nn.Dense(channels, dtype=self.dtype, kernel_init=ZERO, name="out")(h)) * self.scale
+        h = self.look(q, k, v).reshape(x.shape)
+        return (x + Dense(channels, dtype=self.dtype, kernel_init=ZERO, name="out")(h)) * self.scale
 
     def before(self, x: Array) -> Array:
         return norm(x.shape[-1], self.dtype, "norm", self.epsilon, self.groups)(x)
+
+    def look(self, q: Array, k: Array, v: Array) -> Array:
+        return jax.nn.dot_product_attention(q, k, v)
+
+
+class FusedAttention(Attention):
+    """Attention by cuDNN's fused kernel where it is for that: a CUDA GPU, a 16-bit `dtype`, heads of few channels; else as Attention.
+
+    It never writes down who looks at whom, [B, heads, N, N]. It has no forward-mode derivative, so a network with it has no exact
+    likelihood there. Source: Dao 2023 (FlashAttention-2); which widths there are, NVIDIA's cuDNN frontend 1.x documentation.
+    """
+
+    def look(self, q: Array, k: Array, v: Array) -> Array:
+        return jax.nn.dot_product_attention(
+            q, k, v, implementation="cudnn" if fuses(jax.devices()[0], q.dtype, q.shape[-1]) else None
+        )
+
+
+def fuses(device: Any, dtype: Dtype, width: int) -> bool:
+    """Whether cuDNN has fused attention on a device for heads of `width` channels: from compute capability 8.0 on, 9.0 where wide."""
+    capability = getattr(device, "compute_capability", "")
+    if device.platform != "gpu" or not str(capability).replace(".", "").isdigit():  # gfx90a, say: not NVIDIA's
+        return False
+    fits = width % 8 == 0 and width <= (256 if float(capability) >= 9 else 128)
+    return dtype in (jnp.bfloat16, jnp.float16) and float(capability) >= 8 and fits
 
 
 class BareAttention(Attention):
@@ -556,10 +626,10 @@ class SpatialTransformer(nn.Module):
         batch, channels = x.shape[0], x.shape[-1]
         heads = channels // self.width if self.width else self.heads
         h = norm(channels, self.dtype, "norm", self.epsilon, self.groups)(x).reshape(batch, -1, channels)
-        h = nn.Dense(channels, dtype=self.dtype, kernel_init=INIT, name="enter")(h)
+        h = Dense(channels, dtype=self.dtype, kernel_init=INIT, name="enter")(h)
         for i in range(self.depth):
             h = TransformerBlock(heads, self.dtype, name=f"block{i}")(h, context)
-        return x + nn.Dense(channels, dtype=self.dtype, kernel_init=ZERO, name="leave")(h).reshape(x.shape)
+        return x + Dense(channels, dtype=self.dtype, kernel_init=ZERO, name="leave")(h).reshape(x.shape)
 
 
 class TransformerBlock(nn.Module):
@@ -576,9 +646,9 @@ class TransformerBlock(nn.Module):
         width = h.shape[-1]
         h = h + CrossAttention(self.heads, self.dtype, name="self_attention")(self.norm("norm1")(h), None)
         h = h + CrossAttention(self.heads, self.dtype, name="cross_attention")(self.norm("norm2")(h), context)
-        both = nn.Dense(8 * width, dtype=self.dtype, kernel_init=INIT, name="mlp1")(self.norm("norm3")(h))
+        both = Dense(8 * width, dtype=self.dtype, kernel_init=INIT, name="mlp1")(self.norm("norm3")(h))
         value, gate = jnp.split(both, 2, axis=-1)
-        return h + nn.Dense(width, dtype=self.dtype, kernel_init=INIT, name="mlp2")(value * nn.gelu(gate, approximate=False))
+        return h + Dense(width, dtype=self.dtype, kernel_init=INIT, name="mlp2")(value * nn.gelu(gate, approximate=False))
 
     def norm(self, name: str) -> nn.LayerNorm:
         return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)
@@ -601,13 +671,13 @@ class CrossAttention(nn.Module):
             tokens, there = jnp.where(there[:, :, None], tokens, 0), there[:, None, None, :]
         batch, width = h.shape[0], h.shape[-1]
         q, k, v = (
-            nn.Dense(width, use_bias=False, dtype=self.dtype, kernel_init=INIT, name=name)(of).reshape(
+            Dense(width, use_bias=False, dtype=self.dtype, kernel_init=INIT, name=name)(of).reshape(
                 batch, -1, self.heads, width // self.heads
             )
             for name, of in (("q", h), ("k", tokens), ("v", tokens))
         )
         found = jax.nn.dot_product_attention(q, k, v, mask=there).reshape(h.shape)
-        return nn.Dense(h.shape[-1], dtype=self.dtype, kernel_init=INIT, name="out")(found)
+        return Dense(h.shape[-1], dtype=self.dtype, kernel_init=INIT, name="out")(found)
 
 
 class LabelTokens(nn.Module):
@@ -677,12 +747,12 @@ class AttentionPool(nn.Module):
         place = self.param("place", nn.initializers.normal(channels**-0.5), (1, *h.shape[1:]), jnp.float32)
         h = h + place.astype(self.dtype)
         q, k, v = (
-            nn.Dense(channels, dtype=self.dtype, kernel_init=INIT, name=name)(of).reshape(batch, -1, heads, channels // heads)
+            Dense(channels, dtype=self.dtype, kernel_init=INIT, name=name)(of).reshape(batch, -1, heads, channels // heads)
             for name, of in (("q", h[:, :1]), ("k", h), ("v", h))
         )
         h = jax.nn.dot_product_attention(q, k, v).reshape(batch, channels).astype(jnp.float32)
         self.sow("intermediates", "features", h)
-        return nn.Dense(self.classes, kernel_init=ZERO, name="logits")(h)
+        return Dense(self.classes, kernel_init=ZERO, name="logits")(h)
 
 
 class Leave(nn.Module):
@@ -712,5 +782,5 @@ class ResidualLeave(Leave):
 
 
 def _spread(vector: Array, h: Array) -> Array:
-    """[B, C] -> [B, 1, ..., 1, C], with the axes of h."""
-    return vector.reshape(vector.shape[0], *(1,) * (h.ndim - 2), -1)
+    """[B, C] -> float32 [B, 1, ..., 1, C], with the axes of h."""
+    return vector.astype(jnp.float32).reshape(vector.shape[0], *(1,) * (h.ndim - 2), -1)
