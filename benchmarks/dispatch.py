@@ -4,8 +4,8 @@
 
 Steps: `--together` of them one by one, and by a scan, the state donated, on batches on the device. Guidance: one evaluation of the
 guided denoiser, at scale 3, by `guidance.classifier_free`, which asks the network twice, and by `guidance.at_once`, which asks it
-once, for each of the batches given. Both take turns with their peer. The network is the config's, with ten classes, and `--channels`
-wide where given.
+once, for each of the batches given. Both take turns with their peer. The network is the config's, with ten classes, as wide as
+`--channels` says.
 """
 
 import argparse

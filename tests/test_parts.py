@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -362,3 +363,89 @@ def test_pooling_in_heads_of_a_width_is_pooling_in_as_many_heads():
     close(by_width, models.AttentionPool(3, heads=4, groups=4).apply(params, h))
     assert not np.allclose(by_width, models.AttentionPool(3, heads=2, groups=4).apply(params, h))
     assert not np.allclose(by_width, models.AttentionPool(3, width=2, groups=2).apply(params, h))
+
+
+@pytest.mark.parametrize("shape, groups", [((2, 4, 4, 32), 8), ((3, 6, 12), 3), ((2, 2, 2, 2, 8), 1)])
+def test_group_norm_and_its_gradients_are_flax_s(shape, groups):
+    x, weight = 3 * jax.random.normal(jax.random.key(0), shape) + 1, jax.random.normal(jax.random.key(1), shape)
+    ours, theirs = parts.GroupNorm(groups, 1e-5), nn.GroupNorm(groups, epsilon=1e-5)
+    params = random_like(jax.eval_shape(lambda: theirs.init(jax.random.key(0), x)))
+    close(ours.apply(params, x), theirs.apply(params, x))
+
+    def gradients(module):
+        return jax.grad(lambda params, x: (weight * module.apply(params, x)).sum(), (0, 1))(params, x)
+
+    for a, b in zip(jax.tree.leaves(gradients(ours)), jax.tree.leaves(gradients(theirs))):
+        close(a, b, atol=1e-5 * float(jnp.abs(b).max()) + 1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.999])
+def test_dropout_drops_that_share_and_keeps_the_mean(rate):
+    x = 1 + jax.random.uniform(jax.random.key(0), (64, 16, 16, 7))
+    y = parts.Dropout(rate).apply({}, x, True, rngs={"dropout": jax.random.key(1)})
+    kept = np.asarray(y != 0)
+    share, deviation = 1 - round(rate * 2**16) / 2**16, np.sqrt(rate * (1 - rate) / x.size)
+    assert abs(kept.mean() - share) <= 4 * deviation
+    close(np.asarray(y)[kept], np.asarray(x / share)[kept], rtol=1e-6)
+    # One entry says nothing of its neighbours, in the pairs of one word and elsewhere.
+    for axis in (1, 2, 3):
+        together = (kept & np.roll(kept, 1, axis)).mean()
+        assert abs(together - share**2) <= 6 * np.sqrt(share**2 * (1 - share**2) / x.size)
+    assert (parts.Dropout(rate).apply({}, x, False) == x).all()
+
+
+def test_layers_are_flax_s_and_their_random_start_too():
+    x = image(2, 8, 8, 5)
+    for ours, theirs in (
+        (parts.Dense(4, kernel_init=parts.INIT), nn.Dense(4, kernel_init=parts.INIT)),
+        (parts.Dense(4, use_bias=False), nn.Dense(4, use_bias=False)),
+        (parts.conv(4, 3, 2, jnp.float32), nn.Conv(4, (3, 3), kernel_init=parts.INIT)),
+        (parts.conv(4, 3, 2, jnp.float32, stride=2, padding=1), nn.Conv(4, (3, 3), 2, 1, kernel_init=parts.INIT)),
+        (parts.conv(4, 2, 2, jnp.float32, stride=2, padding="VALID"), nn.Conv(4, (2, 2), 2, "VALID", kernel_init=parts.INIT)),
+    ):
+        a, b = (module.init(jax.random.key(3), x) for module in (ours, theirs))
+        assert jax.tree.structure(a) == jax.tree.structure(b)
+        assert all((p == q).all() for p, q in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+        params = random_like(jax.eval_shape(lambda b=b: b))
+        close(ours.apply(params, x), theirs.apply(params, x), atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [parts.Dense(3, dtype=jnp.bfloat16), parts.conv(3, 3, 2, jnp.bfloat16)], ids=["dense", "conv"])
+def test_the_gradient_of_a_bias_is_a_sum_in_float32(layer):
+    """Of 16,384 numbers near 1: bfloat16 has 8 bits, and adds nothing to 256 any more."""
+    x, weight = image(4, 64, 64, 2), 1 + jax.random.uniform(jax.random.key(0), (4, 64, 64, 1))
+    weight = weight.astype(jnp.bfloat16).astype(jnp.float32)
+    params = layer.init(jax.random.key(1), x)
+    got = jax.jit(jax.grad(lambda params: (weight * layer.apply(params, x).astype(jnp.float32)).sum()))(params)
+    close(got["params"]["bias"], np.full(3, np.asarray(weight, np.float64).sum()), rtol=1e-5)
+
+
+class Device:
+    def __init__(self, **said):
+        self.__dict__.update(said)
+
+
+@pytest.mark.parametrize(
+    "device, dtype, width, fits",
+    [
+        ({"compute_capability": "9.0"}, jnp.bfloat16, 256, True),
+        ({"compute_capability": "8.0"}, jnp.float16, 128, True),
+        ({"compute_capability": "8.6"}, jnp.bfloat16, 256, False),
+        ({"compute_capability": "10.0"}, jnp.bfloat16, 64, True),
+        ({"compute_capability": "7.5"}, jnp.float16, 64, False),
+        ({"compute_capability": "9.0"}, jnp.float32, 64, False),
+        ({"compute_capability": "9.0"}, jnp.bfloat16, 36, False),
+        ({"compute_capability": "gfx90a"}, jnp.bfloat16, 64, False),
+        ({}, jnp.bfloat16, 64, False),
+    ],
+)
+def test_where_attention_is_fused(device, dtype, width, fits):
+    assert parts.fuses(Device(**device), dtype, width) == fits
+
+
+def test_fused_attention_has_the_parameters_of_attention_and_is_it_on_a_cpu():
+    x = image(2, 4, 4, 16)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        plain, params = called(parts.Attention(2, dtype), x)
+        fused, _ = called(parts.FusedAttention(2, dtype), x, params=params)
+        assert (plain == fused).all()

@@ -562,25 +562,23 @@ class Attention(nn.Module):
 
 
 class FusedAttention(Attention):
-    """Attention by cuDNN's fused kernel where it is for that: a CUDA GPU, a 16-bit `dtype`, heads of few channels; else as Attention.
+    """Attention by cuDNN's fused kernel where that fits: a CUDA GPU, a 16-bit `dtype`, heads of few channels; else as Attention.
 
     It never writes down who looks at whom, [B, heads, N, N]. It has no forward-mode derivative, so a network with it has no exact
-    likelihood there. Source: Dao 2023 (FlashAttention-2); which widths there are, NVIDIA's cuDNN frontend 1.x documentation.
+    likelihood there. Source: Dao 2023 (FlashAttention-2).
     """
 
     def look(self, q: Array, k: Array, v: Array) -> Array:
-        return jax.nn.dot_product_attention(
-            q, k, v, implementation="cudnn" if fuses(jax.devices()[0], q.dtype, q.shape[-1]) else None
-        )
+        kernel = "cudnn" if fuses(jax.devices()[0], q.dtype, q.shape[-1]) else None
+        return jax.nn.dot_product_attention(q, k, v, implementation=kernel)
 
 
 def fuses(device: Any, dtype: Dtype, width: int) -> bool:
-    """Whether cuDNN has fused attention on a device for heads of `width` channels: from compute capability 8.0 on, 9.0 where wide."""
-    capability = getattr(device, "compute_capability", "")
-    if device.platform != "gpu" or not str(capability).replace(".", "").isdigit():  # gfx90a, say: not NVIDIA's
-        return False
-    fits = width % 8 == 0 and width <= (256 if float(capability) >= 9 else 128)
-    return dtype in (jnp.bfloat16, jnp.float16) and float(capability) >= 8 and fits
+    """Whether cuDNN has fused attention for heads of `width` channels on a device: of capability 8.0 or, where wide, 9.0."""
+    said = str(getattr(device, "compute_capability", ""))
+    capability = float(said) if said.replace(".", "").isdigit() else 0.0  # a TPU has none, and AMD's are names
+    most = 256 if capability >= 9 else 128
+    return capability >= 8 and dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= most
 
 
 class BareAttention(Attention):

@@ -1,0 +1,56 @@
+"""What `jaxdiff.compiling` gives XLA."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdiff import compiling
+
+CPU = pytest.mark.skipif(jax.default_backend() != "cpu", reason="options of the CPU's compiler")
+
+
+@CPU
+def test_an_option_that_this_jax_does_not_have_is_left_out(monkeypatch):
+    monkeypatch.setattr(compiling, "CPU", {"xla_cpu_of_no_version": "1"})
+    assert compiling.options.__wrapped__() == {}
+
+
+@CPU
+def test_convolutions_are_eigen_s_and_reductions_ynnpack_s_where_there_is_a_choice():
+    if not compiling.options():
+        pytest.skip("this jaxlib has no such choice")
+    x, kernel = jnp.ones((2, 16, 16, 32)), jnp.ones((3, 3, 32, 32))
+
+    def conv(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def by_ynnpack(function, *args):
+        return "ynn_fusion" in compiling.jit(function).jitted().lower(*args).compile().as_text()
+
+    assert not by_ynnpack(conv, x, kernel) and not by_ynnpack(lambda a, b: a @ b, kernel[0, 0], kernel[0, 0])
+    assert by_ynnpack(lambda x: x.sum((0, 1, 2)), x)
+
+
+def test_within_another_jit_it_is_a_plain_one_and_outside_the_same_numbers():
+    @compiling.jit
+    def twice(x, by=2.0):
+        return by * x
+
+    x = jnp.arange(3.0)
+    np.testing.assert_array_equal(twice(x), [0, 2, 4])
+    np.testing.assert_array_equal(jax.jit(lambda x: twice(x, by=3.0) + 1)(x), [1, 4, 7])
+    np.testing.assert_array_equal(jax.grad(lambda x: twice(x).sum())(x), [2, 2, 2])
+    assert twice.__name__ == "twice" and twice.jitted()._cache_size() == 1
+
+
+def test_making_one_does_not_look_for_devices():
+    """A module may make one at import, before jax.distributed.initialize."""
+    code = (
+        "import jaxdiff, jax; from jax._src import xla_bridge as b;"
+        "jaxdiff.compiling.jit(lambda x: x); assert not b.backends_are_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
