@@ -57,7 +57,7 @@ def test_the_loss_of_a_step_in_flight_says_so():
 
 def test_parameters_that_an_update_broke_are_told_and_never_saved(quick, tmp_path):
     c = config(steps=4, **{"training.log_every": 1, "training.save_every": 1, "training.ema": (0.9,)})
-    c.optimizer.name, c.optimizer.schedule = "sgd", "piecewise_constant_schedule(1.0, {2: 1e39})"
-    with pytest.raises(RunError, match=r"the parameters are not finite at step 3, .*; nothing is saved after step 2"):
+    c.optimizer.name, c.optimizer.schedule = "sgd", "constant_schedule(1e39)"
+    with pytest.raises(RunError, match=r"the parameters are not finite at step 1, .*; nothing is saved after step 0"):
         train.train(c, tmp_path)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+    assert not [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
