@@ -19,6 +19,7 @@ QUICK = {
     "training_step": "--batch 2 --channels 16 --size 16 --repeats 5 --parts",
     "sampling": "--channels 16 --size 16 --batch 2 --steps 5",
     "input_pipeline": "--images 2000 --batches 10 --steps 5 --repeats 3",
+    "dispatch": "--channels 8 --batch 4 --together 2 --guided 2 --repeats 5",
     "startup": "--repeats 5",
     "compile_time": "--depth 4 --repeats 1",
     "likelihood": "--channels 16 --size 16 --batch 2 --terms 3 --steps 1",
@@ -37,11 +38,12 @@ def has_gpu() -> bool:
     return subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
-def commands(names: Sequence[str], quick: bool, publish: bool) -> dict[str, list[str]]:
+def commands(names: Sequence[str], quick: bool, publish: bool, data_dir: str = "") -> dict[str, list[str]]:
     """Name -> the words that run that benchmark."""
     told = {}
     for name in names:
         words = (QUICK | OF_GPU if quick else FULL).get(name, "").split()
+        words += [f"--data_dir={data_dir}"] if name == "input_pipeline" and data_dir else []
         told[name] = [sys.executable, str(HERE / f"{name}.py"), *words, *(["--publish"] if publish and name not in PRINTS else [])]
     return told
 
@@ -65,11 +67,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that all runs")
     parser.add_argument("--publish", action="store_true", help="each adds its entry to docs/benchmarks.md")
     parser.add_argument("--only", nargs="+", choices=[*QUICK, *OF_GPU], metavar="NAME", help=", ".join([*QUICK, *OF_GPU]))
+    parser.add_argument("--data_dir", default="", help="where CIFAR-10 is prepared; random images stand for it otherwise")
     asked = parser.parse_args(argv)
     if asked.quick and asked.publish:
         parser.error("--publish with --quick would publish figures of a rehearsal")
     names = asked.only or [*QUICK, *(OF_GPU if has_gpu() else ())]
-    if failed := run(commands(names, asked.quick, asked.publish)):
+    if failed := run(commands(names, asked.quick, asked.publish, asked.data_dir)):
         print(f"\nfailed: {', '.join(failed)}")
         raise SystemExit(1)
 

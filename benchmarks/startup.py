@@ -90,7 +90,7 @@ def runs(options: Sequence[str], repeats: int) -> dict[str, np.ndarray]:
 
 def programs(config, cached: bool) -> dict[str, tuple[float, float]]:
     """The seconds by the clock and of the processor to compile and run the state's start, and to trace and compile the step."""
-    from jaxdiff import cli, experiment, training
+    from jaxdiff import cli, compiling, experiment, training
     from jaxdiff import mesh as meshes
     from jaxdiff.training.dryrun import batch_shapes
 
@@ -111,7 +111,7 @@ def programs(config, cached: bool) -> dict[str, tuple[float, float]]:
     if not cached:
         timed("jax.jit(init)", lambda: jax.jit(lambda key: init(key))(key))
     batch = batch_shapes(config, built.codec, meshes.make_mesh((-1, 1)))
-    step = jax.jit(training.make_step(built, optimizer), donate_argnums=1)
+    step = jax.jit(training.make_step(built, optimizer), donate_argnums=1, compiler_options=compiling.options() or None)
     lowered = timed("step: trace and lower", lambda: step.lower(key, jax.eval_shape(init, key), batch))
     timed("step: compile", lambda: lowered.compile())
     return taken
