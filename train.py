@@ -207,12 +207,14 @@ def train(
             early = not grids and i > first and time.time() - start > FIRST_GRID and jax.process_count() == 1
             # Who asks to stop may not wait for a grid.
             draws = (done % config.training.sample_every == 0 or last or early) and not stopping
-            pending.append((done, values, distance(state, runs.average(config)) if logs or saves else None, waited))
-            # Before anything is saved or drawn, all that led to it has proved finite.
-            while len(pending) > (0 if saves or draws else BEHIND):
+            snaps = bool(snapshots) and (done % config.training.snapshot_every == 0 or done == config.steps)
+            shown_or_kept = saves or draws or snaps
+            pending.append((done, values, distance(state, runs.average(config)) if logs or shown_or_kept else None, waited))
+            # Before anything is saved or drawn, it has proved finite, and all that led to it.
+            while len(pending) > (0 if shown_or_kept else BEHIND):
                 take()
             bar.update()
-            if snapshots and (done % config.training.snapshot_every == 0 or done == config.steps):
+            if snaps:
                 checkpoint.save_snapshot(snapshots, done, {name: state.ema[name] for name in powers}, config)
             if saves:
                 checkpoint.save(checkpoints, state, config)
@@ -220,7 +222,7 @@ def train(
             if draws:
                 with clock.paused():
                     forward = clock.last / config.batch_size * mesh.size / 3  # a training step costs about three forward passes
-                    budget = FIRST_GRID_DONE - (time.time() - start) if early else GRID_SECONDS
+                    budget = max(FIRST_GRID_DONE - (time.time() - start), 5.0) if early else GRID_SECONDS
                     shown = show(state, writer, forward, budget)
                     if row.get("loss_by_logsnr"):
                         _levels(workdir, writer, done, row["loss_by_logsnr"])
@@ -260,7 +262,7 @@ def _programs(config, experiment, optimizer, mesh):
 
 
 def _timed(batch_of, i: int, before) -> tuple[dict[str, jax.Array], float]:
-    """Batch i, and at most how many seconds the device waited for it.
+    """Batch i, and how many seconds at most the device waited for it to be made.
 
     While the device is at steps it was given before, it waits for nothing. Where it is done with those when the batch is there
     (`before` is what the last one says), all the time that the batch took counts.

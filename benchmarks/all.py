@@ -1,11 +1,12 @@
 """All speed benchmarks, one after another, each in a process of its own:  python benchmarks/all.py [--publish] [--quick]
 
 --quick runs them at small sizes, to see that they run; --only names some of them. A line says what begins; what failed is told at
-the end, and then the exit code is 1. About 25 minutes on two cores; the peer's rows need PyTorch and diffusers
+the end, and then the exit code is 1. About 40 minutes on two cores; the peer's rows need PyTorch and diffusers
 (`pip install torch diffusers`), which are imported by the benchmarks alone.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ QUICK = {
     "sampling": "--channels 16 --size 16 --batch 2 --steps 5",
     "input_pipeline": "--images 2000 --batches 10 --steps 5 --repeats 3",
     "dispatch": "--channels 8 --batch 4 --together 2 --guided 2 --repeats 5",
-    "startup": "--repeats 5",
+    "startup": "--configs=digits --repeats=1 --change=model.channels=8",
     "compile_time": "--depth 4 --repeats 1",
     "likelihood": "--channels 16 --size 16 --batch 2 --terms 3 --steps 1",
     "scaling": "--batch 1 2 --train_batch 1 2 --channels 16 32 --size 8 16 --middle 16 16 2",
@@ -54,7 +55,9 @@ def run(told: dict[str, list[str]]) -> list[str]:
     for name, words in told.items():
         print(f"\n== {name}: {' '.join(words[1:])}", flush=True)
         start = time.perf_counter()
-        code = subprocess.run(words, cwd=HERE.parent).returncode
+        # The peers of all but one are on the CPU, so we are too.
+        env = os.environ | ({} if name in OF_GPU else {"JAX_PLATFORMS": "cpu"})
+        code = subprocess.run(words, cwd=HERE.parent, env=env).returncode
         print(
             f"== {name}: {'done' if not code else f'failed with exit code {code}'}, {time.perf_counter() - start:.0f} s", flush=True
         )

@@ -22,8 +22,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "configs")]
 import jax
 import jax.numpy as jnp
 import numpy as np
-from measure import publish, ratio, table, turns
 
+from benchmarks.measure import command, publish, ratio, table, turns
 from jaxdiff import compiling, denoiser, experiment, guidance, schedules
 from jaxdiff.training import init_state, make_optimizer, make_step
 
@@ -123,11 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     body += [table(columns, rows)] if rows else []
     print("\n\n".join(body))
     if args.publish:
-        publish(
-            f"Fewer, larger calls ({args.config})",
-            "\n\n".join(body),
-            f"python benchmarks/dispatch.py --config={args.config} --publish",
-        )
+        publish(f"Fewer, larger calls ({args.config})", "\n\n".join(body), command(__file__, argv))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax.numpy as jnp
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import measure, peers
 from jaxdiff import compiling, experiment
@@ -25,20 +27,21 @@ COLUMNS = ("batch", "jaxdiff, ms", f"{peers.PEER}, ms", "theirs / ours", "images
 def compared(config, params, model, batch: int, repeats: int, rates: tuple[float, float]) -> list[str]:
     """A row of the table; `model` is None where there is no PyTorch."""
     net, (x, rows, logsnr) = compiling.jit(peers.forward(experiment.build(config))), peers.noisy(batch, config.data.shape[0])
-    runs = {"ours": lambda: net(params, x, logsnr)}
+    ours = jnp.asarray(x), jnp.asarray(logsnr)
+    runs = {"ours": lambda: net(params, *ours)}
     if model is not None:
         import torch
 
         given, at = peers.torch_images(x), torch.from_numpy(rows)
         runs["theirs"] = lambda: peers.torch_forward(model, given, at)
     seconds = measure.turns(runs, repeats)
-    ours = measure.spread(seconds["ours"]).median
-    rate = hardware.flops(net.jitted().trace(params, x, logsnr).jaxpr) / ours
+    taken = measure.spread(seconds["ours"]).median
+    rate = hardware.flops(net.jitted().trace(params, *ours).jaxpr) / taken
     theirs = ("not here", "") if model is None else (
         measure.ms(measure.spread(seconds['theirs']).median), measure.ratio(seconds["theirs"], seconds["ours"])
     )  # fmt: skip
     shares = [f"{rate / of:.1%}" for of in rates]
-    return [f"{batch}", measure.ms(ours), *map(str, theirs), f"{batch / ours:.2f}", f"{rate / 1e9:.1f}", *shares]
+    return [f"{batch}", measure.ms(taken), *map(str, theirs), f"{batch / taken:.2f}", f"{rate / 1e9:.1f}", *shares]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -32,9 +32,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "configs")]
 import jax
 import jax.numpy as jnp
 import numpy as np
-from measure import publish, ratio, spread, table, turns
 
-from jaxdiff import data, experiment
+from benchmarks.measure import command, publish, ratio, spread, table, turns
+from jaxdiff import compiling, data, experiment
 from jaxdiff import mesh as meshes
 from jaxdiff.cli import enable_compile_cache
 from jaxdiff.training import init_state, make_optimizer, make_step
@@ -168,7 +168,7 @@ def percent(values: np.ndarray) -> str:
 def digits_step(config: Any) -> tuple[Callable[[Any, Any], Any], Any]:
     """The digits' own step, step(state, batch) -> (state, metrics), and the first state."""
     built, optimizer, key = experiment.build(config), make_optimizer(config.optimizer), jax.random.key(0)
-    step = jax.jit(make_step(built, optimizer), donate_argnums=1)
+    step = compiling.jit(make_step(built, optimizer), donate_argnums=1)
     state = jax.jit(lambda key: init_state(built, optimizer, config.training.ema, key))(key)
     return lambda state, batch: step(key, state, batch), state
 
@@ -244,8 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     more, waited = whole_loop(config, step, state, args.steps, min(args.repeats, 5))
     say(f"train.py with configs/digits.py takes {more} longer a step than the bare step in a loop; its data_wait is {waited}.")
     if args.publish:
-        command = f"python benchmarks/input_pipeline.py{' --data_dir=DIR' if args.data_dir else ''} --publish"
-        publish("Input pipeline", "\n\n".join(said), command)
+        publish("Input pipeline", "\n\n".join(said), command(__file__, argv))
 
 
 if __name__ == "__main__":

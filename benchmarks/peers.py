@@ -114,6 +114,8 @@ def torch_network(config: ConfigDict, params: Any, device: str = "cpu") -> Any:
     import diffusers
     import torch
 
+    if device == "cpu" and jax.default_backend() != "cpu":
+        raise SystemExit(f"the peer is on the CPU and JAX on a {jax.default_backend()}: no comparison; set JAX_PLATFORMS=cpu")
     torch.set_num_threads(threads())
     said = {k: v for k, v in unet2d.settings(config, params).items() if not k.startswith("_")}
     model = diffusers.UNet2DModel(**said)

@@ -31,12 +31,13 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import measure
 
+SETTINGS = ("JAX_COMPILATION", "JAX_PERSISTENT", "JAX_ENABLE_COMPILATION")
 IMPORTS = {"import jax, flax.linen": "import jax, flax.linen", "import jaxdiff": "import jaxdiff"}
 
 
 def environment(cache: str) -> dict[str, str]:
     """This process's, but with compiled programs kept in `cache` and by jaxdiff's own settings."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))}
+    own = {name: value for name, value in os.environ.items() if not name.startswith(SETTINGS)}
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return own | {"XDG_CACHE_HOME": cache, "PYTHONPATH": path}
 
@@ -166,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     body += f"\n\n`import jaxdiff` takes {np.median(ours - plain):.2f} s of the processor more than `import jax, flax.linen`."
     print(body)
     if asked.publish:
-        measure.publish("Start-up", body, f"python benchmarks/startup.py --configs={asked.configs} --repeats={asked.repeats}")
+        measure.publish("Start-up", body, measure.command(__file__, argv))
 
 
 if __name__ == "__main__":

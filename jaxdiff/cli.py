@@ -52,6 +52,7 @@ def enable_compile_cache() -> None:
     if jax.config.values["jax_compilation_cache_dir"] is None:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(root / "jaxdiff" / "xla"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         # Small programs too: a start has about 80, of a few KB each, and compiling them takes longer than reading them.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

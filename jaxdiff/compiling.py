@@ -33,11 +33,12 @@ def jit(function: Callable, **given: Any) -> Callable:
     JAX is not asked for its devices before the first call, so a module may make one. `jitted()` of what is returned is JAX's own.
     """
     made = functools.cache(lambda: jax.jit(function, compiler_options=options() or None, **given))
-    within = jax.jit(function, **given)
+    within, probe = jax.jit(function, **given), jax.jit(lambda: jnp.zeros(()))
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs)))
+        # Whatever is computed within a trace is traced, also where no argument is.
+        traced = isinstance(probe(), jax.core.Tracer)
         return (within if traced else made())(*args, **kwargs)
 
     call.jitted = made  # type: ignore[attr-defined]

@@ -34,7 +34,7 @@ def guided(params, n: int, guidance: float = 2.0) -> tuple[np.ndarray, list[str]
     built = experiment.build(c)
     asked = run.request(c, built, params, keys(np.arange(n)), n, 6, "ddim", np.arange(n) % 10, guidance)
     given = asked.keys, asked.make(np.arange(n)), asked.levels, 1.0, None
-    compiled = run._draw.lower(*given, shape=(n, *built.shape), mesh=run._mesh(params)).compile()
+    compiled = run._draw.jitted().lower(*given, shape=(n, *built.shape), mesh=run._mesh(params)).compile()
     said = [word for word in ("all-gather", "all-to-all", "collective-permute") if word in compiled.as_text()]
     return meshes.fetch(draw(params, *given[:1], given[1], asked.levels, (n, *built.shape))), said
 

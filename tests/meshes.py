@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from tiny import config
 
-from jaxdiff import data, experiment
+from jaxdiff import compiling, data, experiment
 from jaxdiff import mesh as meshes
 from jaxdiff import run as runs
 from jaxdiff.training import init_state, jit_init, make_optimizer, make_step
@@ -51,7 +51,7 @@ def main() -> None:
         return init_state(built, optimizer, c.training.ema, key)
 
     shardings = meshes.state_shardings(mesh, jax.eval_shape(init, key))
-    step = jax.jit(make_step(built, optimizer), donate_argnums=1, out_shardings=(shardings, meshes.replicated(mesh)))
+    step = compiling.jit(make_step(built, optimizer), donate_argnums=1, out_shardings=(shardings, meshes.replicated(mesh))).jitted()
     with jax.set_mesh(mesh):
         state = jit_init(init, shardings)(key)
         batches = [meshes.put(mesh, 16, lambda part, n, i=i: data.batch_at(digits, 0, i, 16, part, n)) for i in range(20)]

@@ -216,7 +216,7 @@ def test_scaling_alone(alone, capsys, tmp_path):
 
 def test_one_that_fails_is_told_and_the_others_run(capfd, monkeypatch):
     words = {"bad": [sys.executable, "-c", "raise SystemExit(3)"], "good": [sys.executable, "-c", "print('it ran')"]}
-    monkeypatch.setattr(everything, "commands", lambda names, quick, publish: {name: words[name] for name in ("bad", "good")})
+    monkeypatch.setattr(everything, "commands", lambda *asked: {name: words[name] for name in ("bad", "good")})
     with pytest.raises(SystemExit) as left:
         everything.main(["--only", "forward"])
     out = capfd.readouterr().out
@@ -230,6 +230,8 @@ def test_what_all_passes_on():
     assert "--publish" not in told["compile_time"] and "--parts" in told["training_step"]
     quick = everything.commands(["forward"], quick=True, publish=False)
     assert "--channels" in quick["forward"] and "--publish" not in quick["forward"]
+    told = everything.commands(["forward", "input_pipeline"], False, False, "prepared")
+    assert "--data_dir=prepared" in told["input_pipeline"] and "--data_dir=prepared" not in told["forward"]
 
 
 def test_a_rehearsal_is_not_published(capsys):

@@ -43,6 +43,8 @@ def test_within_another_jit_it_is_a_plain_one_and_outside_the_same_numbers():
     x = jnp.arange(3.0)
     np.testing.assert_array_equal(twice(x), [0, 2, 4])
     np.testing.assert_array_equal(jax.jit(lambda x: twice(x, by=3.0) + 1)(x), [1, 4, 7])
+    np.testing.assert_array_equal(jax.jit(lambda y: y + twice(x))(x), [0, 3, 6])  # of what is known, and not traced
+    assert jax.eval_shape(lambda: twice(x)).shape == (3,)
     np.testing.assert_array_equal(jax.grad(lambda x: twice(x).sum())(x), [2, 2, 2])
     assert twice.__name__ == "twice" and twice.jitted()._cache_size() == 1
 

@@ -80,7 +80,7 @@ def test_a_sample_and_its_noise_are_the_same_on_one_device_and_on_eight(tmp_path
     there = np.load(tmp_path / "drawn.npz")
     assert there["devices"] == 8 and jax.device_count() == 1
     np.testing.assert_array_equal(there["noise"], here.pop("noise"))
-    # Guidance doubles each device's share where it is: no sample goes to another device.
+    # Guidance needs no sample of another device.
     here["guided"], _ = draws.guided(params, 64)
     assert list(there["said"]) == []
     for solver, images in here.items():

@@ -125,7 +125,6 @@ def test_guidance_and_labels_reach_the_denoiser(model):
     rows = r.denoiser(np.array([3, -1]))(x, level)
     np.testing.assert_allclose(rows.x0, jnp.stack([cond.x0[0], uncond.x0[1]]), rtol=1e-4, atol=1e-4)
     assert float(jnp.abs(cond.x0 - uncond.x0).max()) > 1e-3
-    # One label a sample: both networks at once, on twice the batch.
     pair = r.denoiser(np.array([3, 3]), 2.5)(x, level)
     np.testing.assert_allclose(pair.eps, mixed.eps, rtol=1e-4, atol=1e-4)
 

@@ -80,7 +80,7 @@ class Conv(nn.Module):
 
 
 def _everywhere(bias: Array, y: Array) -> Array:
-    """float32 [C] or [B, 1, ..., 1, C] as y is; spread first, then cast, so that a gradient is cast first, then summed."""
+    """float32 [C], [1, N, C] or [B, 1, ..., 1, C] as y is; spread, then cast: so its gradient is cast, then summed."""
     return jnp.broadcast_to(bias, y.shape).astype(y.dtype)
 
 
@@ -130,7 +130,7 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, h: Array, train: bool) -> Array:
-        dropped = round(self.rate * 2**16)
+        dropped = min(round(self.rate * 2**16), 2**16 - 1)
         if not train or not dropped:
             return h
         *axes, channels = h.shape
@@ -565,7 +565,8 @@ class FusedAttention(Attention):
     """Attention by cuDNN's fused kernel where that fits: a CUDA GPU, a 16-bit `dtype`, heads of few channels; else as Attention.
 
     It never writes down who looks at whom, [B, heads, N, N]. It has no forward-mode derivative, so a network with it has no exact
-    likelihood there. Source: Dao 2023 (FlashAttention-2).
+    likelihood there, and is no program for other platforms, so none to export: Attention has the same parameters, and both. Source:
+    Dao 2023 (FlashAttention-2).
     """
 
     def look(self, q: Array, k: Array, v: Array) -> Array:
@@ -743,7 +744,7 @@ class AttentionPool(nn.Module):
         h = nn.silu(norm(channels, self.dtype, "norm_out", self.epsilon, self.groups)(h)).reshape(batch, -1, channels)
         h = jnp.concatenate([h.mean(1, keepdims=True), h], axis=1)
         place = self.param("place", nn.initializers.normal(channels**-0.5), (1, *h.shape[1:]), jnp.float32)
-        h = h + place.astype(self.dtype)
+        h = h + _everywhere(place, h)
         q, k, v = (
             Dense(channels, dtype=self.dtype, kernel_init=INIT, name=name)(of).reshape(batch, -1, heads, channels // heads)
             for name, of in (("q", h[:, :1]), ("k", h), ("v", h))
