@@ -168,6 +168,7 @@ def peak() -> int:
 
 def forget_peak() -> None:
     """`peak` begins anew, from what is held now (Linux)."""
+    resident()  # what was freed is no longer held
     Path("/proc/self/clear_refs").write_text("5")
 
 
