@@ -207,14 +207,14 @@ def train(
             early = not grids and i > first and time.time() - start > FIRST_GRID and jax.process_count() == 1
             # Who asks to stop may not wait for a grid.
             draws = (done % config.training.sample_every == 0 or last or early) and not stopping
-            snaps = bool(snapshots) and (done % config.training.snapshot_every == 0 or done == config.steps)
+            snaps = snapshots is not None and (done % config.training.snapshot_every == 0 or done == config.steps)
             shown_or_kept = saves or draws or snaps
             pending.append((done, values, distance(state, runs.average(config)) if logs or shown_or_kept else None, waited))
             # Before anything is saved or drawn, it has proved finite, and all that led to it.
             while len(pending) > (0 if shown_or_kept else BEHIND):
                 take()
             bar.update()
-            if snaps:
+            if snaps and snapshots is not None:
                 checkpoint.save_snapshot(snapshots, done, {name: state.ema[name] for name in powers}, config)
             if saves:
                 checkpoint.save(checkpoints, state, config)

@@ -73,8 +73,8 @@ class Conv(nn.Module):
         shape = (*self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32).astype(self.dtype)
         padding = [(self.padding,) * 2] * len(self.strides) if isinstance(self.padding, int) else self.padding
-        # What a convolution reads, and the gradient by it, is written down once: XLA's CPU backend would compute the norm before it and
-        # its gradient again for every reader, in that one's order of axes. It is 5% of a training step.
+        # What a convolution reads, and the gradient by it, is written down once: XLA's CPU backend would compute the norm before it
+        # and its gradient again for every reader, in that one's order of axes. It is 5% of a training step.
         x = jax.lax.optimization_barrier(x.astype(self.dtype))
         axes = "XYZ"[: len(self.strides)]
         layout = (f"N{axes}C", f"{axes}IO", f"N{axes}C")
