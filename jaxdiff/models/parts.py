@@ -574,7 +574,7 @@ class FusedAttention(Attention):
     """
 
     def look(self, q: Array, k: Array, v: Array) -> Array:
-        kernel = "cudnn" if fuses(jax.devices()[0], q.dtype, q.shape[-1]) else None
+        kernel: Any = "cudnn" if fuses(jax.devices()[0], q.dtype, q.shape[-1]) else None
         return jax.nn.dot_product_attention(q, k, v, implementation=kernel)
 
 
