@@ -41,8 +41,8 @@ def jit(function: Callable, **given: Any) -> Callable:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        # Whatever is computed within a trace is traced, also where no argument is.
-        traced = isinstance(probe(), jax.core.Tracer)
+        # Within a jit all is traced, also where no argument is; within a gradient what depends on its arguments.
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in (probe(), *jax.tree.leaves((args, kwargs))))
         return (within if traced else made())(*args, **kwargs)
 
     call.jitted = made  # type: ignore[attr-defined]
