@@ -31,18 +31,23 @@ def _known(name: str, value: str) -> bool:
     return True
 
 
+@jax.jit
+def _zero() -> jax.Array:
+    return jnp.zeros(())
+
+
 def jit(function: Callable, **given: Any) -> Callable:
     """`jax.jit` of a function with `options()`; within another jit, which says how all of it is compiled, without them.
 
     JAX is not asked for its devices before the first call, so a module may make one. `jitted()` of what is returned is JAX's own.
     """
     made = functools.cache(lambda: jax.jit(function, compiler_options=options() or None, **given))
-    within, probe = jax.jit(function, **given), jax.jit(lambda: jnp.zeros(()))
+    within = jax.jit(function, **given)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         # Within a jit all is traced, also where no argument is; within a gradient what depends on its arguments.
-        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in (probe(), *jax.tree.leaves((args, kwargs))))
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in (_zero(), *jax.tree.leaves((args, kwargs))))
         return (within if traced else made())(*args, **kwargs)
 
     call.jitted = made  # type: ignore[attr-defined]
