@@ -168,16 +168,16 @@ def train(
         def take() -> None:
             """Fetches what the oldest pending step said, and writes a row of metrics where one is due."""
             nonlocal told, row
-            done, values, apart, waited = pending.popleft()
+            done, values, apart, waited, due = pending.popleft()
             values = jax.device_get(values) | {"data_wait": waited}
             clock.tick(done)
             if not values["finite"] and config.training.nonfinite == "stop":
                 raise RunError(_not_finite(config, done, values, saved))
             told.append(values)
-            if apart is None:
-                return
-            if not np.isfinite(apart):
+            if apart is not None and not np.isfinite(apart):
                 raise RunError(_broken(config, done, saved))
+            if not due:
+                return
             row = metrics.summary(told) | {"ema_distance": float(apart)}
             waits = row.pop("data_wait")
             if clock.pace:
@@ -209,7 +209,7 @@ def train(
             draws = (done % config.training.sample_every == 0 or last or early) and not stopping
             snaps = snapshots is not None and (done % config.training.snapshot_every == 0 or done == config.steps)
             shown_or_kept = saves or draws or snaps
-            pending.append((done, values, distance(state, runs.average(config)) if logs or shown_or_kept else None, waited))
+            pending.append((done, values, distance(state, runs.average(config)) if logs or shown_or_kept else None, waited, logs))
             # Before anything is saved or drawn, it has proved finite, and all that led to it.
             while len(pending) > (0 if shown_or_kept else BEHIND):
                 take()
