@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_benchmarks import TINY, shallow
 
 torch = pytest.importorskip("torch", reason="a reference implementation; not a dependency")
 pytest.importorskip("diffusers", reason="a reference implementation; not a dependency")
@@ -20,17 +21,6 @@ from jaxdiff import experiment
 from jaxdiff.interop import mapping, unet2d
 
 pytestmark = pytest.mark.slow
-TINY = ["--channels", "8", "--size", "8"]
-
-
-whole = peers.config_of
-
-
-def shallow(channels=8, size=8, dropout=0.1):
-    """The benchmarks' config with a network of few layers, which compiles soon."""
-    config = whole(channels, size, dropout)
-    config.model.multipliers, config.model.blocks = (1, 2), 1
-    return config
 
 
 @pytest.fixture(autouse=True)
