@@ -101,7 +101,7 @@ def train(
     key = jax.random.key(config.seed)
     if dry_run:  # of shapes alone: the data need not be there
         with jax.set_mesh(mesh):
-            _, step, shapes, shardings = _programs(config, experiment, optimizer, mesh)
+            _, step, shapes, shardings = _programs(config, experiment, optimizer, mesh, key)
             batch = dryrun.batch_shapes(config, experiment.codec, mesh)
             dryrun.report(config, mesh, step, key, shapes, shardings, batch, say)
         return
@@ -121,7 +121,7 @@ def train(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        init, step, shapes, shardings = _programs(config, experiment, optimizer, mesh)
+        init, step, shapes, shardings = _programs(config, experiment, optimizer, mesh, key)
         show, then = _task(config, experiment, mesh, workdir, dataset, say)
         say(f"{config.data.name}: {len(dataset.images)} images {dataset.images.shape[1:]}, {jax.device_count()} "
             f"{jax.devices()[0].device_kind} device(s), {jax.process_count()} process(es), writing to {workdir}")  # fmt: skip
@@ -246,13 +246,13 @@ def _built(config, workdir):
     return experiments.build(here)
 
 
-def _programs(config, experiment, optimizer, mesh):
+def _programs(config, experiment, optimizer, mesh, key):
     """The start and the step of training, to be compiled when first called, and the shapes and shardings of the state."""
 
     def init(key):
         return init_state(experiment, optimizer, config.training.ema, key)
 
-    shapes = jax.eval_shape(init, jax.random.key(0))
+    shapes = jax.eval_shape(init, key)  # the key that the start is called with, so that JAX traces it once
     shardings = meshes.state_shardings(mesh, shapes)
     step = make_step(experiment, optimizer, config.training.accumulate)
     jitted = jax.jit(

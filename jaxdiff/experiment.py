@@ -377,7 +377,7 @@ def _check_end(process, text: str, objective: Objective, t: float, level: Level,
 def _check_weight(process, weight, schedule: Schedule, draw, target: Target) -> None:
     """Raises InputError for a weight that is not finite at the first or last time, or at a row of a table of any usual size."""
     t = jnp.linspace(draw.first, draw.last, min(max(draw.steps, 2), 100_000))
-    factor = np.asarray(weight(schedule(t), weights.rate(schedule, _density(draw), t), target))
+    factor = np.asarray(jax.jit(lambda t: weight(schedule(t), weights.rate(schedule, _density(draw), t), target))(t))
     if not np.isfinite(factor).all():
         bad = float(t[~np.isfinite(factor)][-1])
         raise InputError(
@@ -470,7 +470,7 @@ def _values(codec: Codec, shape: tuple[int, ...], latent: tuple[int, ...]) -> tu
     of a table's 1000, and moves nothing but the learned variance.
     """
     if not first_stage.is_latent(codec):
-        return codecs.ends(codec, shape)
+        return jax.jit(lambda: codecs.ends(codec, shape))()
     ones = jnp.ones((*(1,) * len(latent), latent[-1]))
     return -ones, ones
 

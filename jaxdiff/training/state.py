@@ -45,8 +45,8 @@ def make_optimizer(config) -> optax.GradientTransformation:
     if not config.clip >= 0:
         raise InputError(f"optimizer.clip={config.clip} is negative; 0 is no clip")
     factor = named(optax, config.schedule, "optimizer.schedule")
-    try:
-        float(factor(0))
+    try:  # traced only: called, a schedule is thirty small programs
+        jax.eval_shape(lambda step: jnp.asarray(factor(step), jnp.float32).reshape(()), 0)
     except (TypeError, ValueError) as error:
         raise InputError(f"optimizer.schedule={config.schedule!r} needs brackets, such as constant_schedule(1)") from error
 
