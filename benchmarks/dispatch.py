@@ -91,7 +91,7 @@ def guided(config: Any, batch: int) -> dict[str, Callable[[], Any]]:
         pairs = jnp.stack([labels, jnp.full_like(labels, -1)], axis=1).reshape(-1)
         return guidance.at_once(of(params, labels), of(params, pairs), scale)(x, level).x0
 
-    return {name: functools.partial(compiling.jit_inference(f), params, jnp.float32(3)) for name, f in (("two", two), ("one", one))}
+    return {name: functools.partial(compiling.jit(f), params, jnp.float32(3)) for name, f in (("two", two), ("one", one))}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

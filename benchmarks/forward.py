@@ -26,10 +26,7 @@ COLUMNS = ("batch", "jaxdiff, ms", f"{peers.PEER}, ms", "theirs / ours", "images
 
 def compared(config, params, model, batch: int, repeats: int, rates: tuple[float, float]) -> list[str]:
     """A row of the table; `model` is None where there is no PyTorch."""
-    net, (x, rows, logsnr) = (
-        compiling.jit_inference(peers.forward(experiment.build(config))),
-        peers.noisy(batch, config.data.shape[0]),
-    )
+    net, (x, rows, logsnr) = compiling.jit(peers.forward(experiment.build(config))), peers.noisy(batch, config.data.shape[0])
     ours = jnp.asarray(x), jnp.asarray(logsnr)
     runs = {"ours": lambda: net(params, *ours)}
     if model is not None:

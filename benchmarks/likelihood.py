@@ -40,11 +40,11 @@ def compared(config, params, batch: int, metric: str, calls: int, settings, repe
     built, size = experiment.build(config), config.data.shape[0]
     estimate, _ = evaluation.estimator(metric, config, built, params, settings)
     keys, images = sampling.sample_keys(jax.random.key(0), batch), jnp.asarray(peers.images(batch, size))
-    labels, net = jnp.zeros(batch, jnp.int32), compiling.jit_inference(peers.forward(built))
+    labels, net = jnp.zeros(batch, jnp.int32), compiling.jit(peers.forward(built))
     x, _, logsnr = (jnp.asarray(a) for a in peers.noisy(batch, size))
     sign = jnp.sign(x)
 
-    @compiling.jit_inference
+    @compiling.jit
     def product(params, x):
         y, moved = jax.jvp(lambda x: built.net(params, None)(x, logsnr)[0], (x,), (sign,))
         return y + 0 * (sign * moved).sum()  # the product is asked for, and changes nothing

@@ -94,7 +94,7 @@ def convolution_rate(batch: int = 8, size: int = 32, channels: int = 128, dtype:
 
 def _fastest(function: Callable, *args: Any, repeats: int) -> float:
     """The least seconds of a compiled function, by our compiler options and by JAX's own."""
-    ways = {"ours": compiling.jit(function), "inference": compiling.jit_inference(function), "plain": jax.jit(function)}
+    ways = {"ours": compiling.jit(function), "plain": jax.jit(function)}
     seconds = turns({name: lambda way=way: way(*args) for name, way in ways.items()}, repeats)
     return float(min(taken.min() for taken in seconds.values()))
 

@@ -37,7 +37,7 @@ def sampler(channels: int, size: int, batch: int, steps: int) -> Sampler:
 
 def bare(made: Sampler):
     """As many calls of the jitted network as the sampler makes, each waiting for the one before."""
-    net, calls = compiling.jit_inference(made.net), editing.true_length(made.wanted.levels)
+    net, calls = compiling.jit(made.net), editing.true_length(made.wanted.levels)
 
     def once():
         x = made.x

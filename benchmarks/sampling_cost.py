@@ -79,7 +79,7 @@ def one_step(keys, solver, x, t, s):
 
 
 def compiled(function, *arguments):
-    return jax.jit(function, compiler_options=compiling.inference_options() or None).lower(*arguments).compile()
+    return jax.jit(function, compiler_options=compiling.options() or None).lower(*arguments).compile()
 
 
 def counts(program) -> np.ndarray:
@@ -133,7 +133,7 @@ def seconds(function) -> float:
 
 def print_times(made: Sampler, repeats: int) -> None:
     # n levels are n - 1 steps of ddim and the last x0: n evaluations.
-    calls, net = made.steps, compiling.jit_inference(made.net)
+    calls, net = made.steps, compiling.jit(made.net)
 
     def bare():
         x = made.x

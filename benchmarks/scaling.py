@@ -48,7 +48,7 @@ class Point(NamedTuple):
 def forward(at: Size) -> tuple[Callable[[], Any], float]:
     """(a forward pass, its operations)."""
     built = experiment.build(peers.config_of(at.channels, at.size))
-    net, params = compiling.jit_inference(peers.forward(built)), peers.drawn(built)
+    net, params = compiling.jit(peers.forward(built)), peers.drawn(built)
     x, _, logsnr = (jnp.asarray(a) for a in peers.noisy(at.batch, at.size))
     return lambda: net(params, x, logsnr), hardware.flops(net.jitted().trace(params, x, logsnr).jaxpr)
 

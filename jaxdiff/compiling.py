@@ -16,25 +16,11 @@ CPU = {
     "xla_cpu_prefer_vector_width": "512",
 }
 
-# oneDNN's convolutions (jax 0.11 and later; without effect before) are faster forward and in the gradient by what is convolved, and
-# half as fast in the gradient by the kernel: for programs that do not train.
-INFERENCE = {**CPU, "xla_cpu_experimental_onednn_custom_call": "True"}
-
 
 @functools.cache
 def options() -> dict[str, str]:
     """The compiler options for the backend in use; those that this version of JAX does not have are left out."""
-    return _those_known(CPU)
-
-
-@functools.cache
-def inference_options() -> dict[str, str]:
-    """`options()` for a program without gradients by parameters."""
-    return _those_known(INFERENCE)
-
-
-def _those_known(wanted: dict[str, str]) -> dict[str, str]:
-    return dict(item for item in wanted.items() if _known(*item)) if jax.default_backend() == "cpu" else {}
+    return dict(item for item in CPU.items() if _known(*item)) if jax.default_backend() == "cpu" else {}
 
 
 def _known(name: str, value: str) -> bool:
@@ -55,16 +41,7 @@ def jit(function: Callable, **given: Any) -> Callable:
 
     JAX is not asked for its devices before the first call, so a module may make one. `jitted()` of what is returned is JAX's own.
     """
-    return _jit(function, options, given)
-
-
-def jit_inference(function: Callable, **given: Any) -> Callable:
-    """`jit` with `inference_options()`, for a function that takes no gradients by parameters: right for all, slow for those."""
-    return _jit(function, inference_options, given)
-
-
-def _jit(function: Callable, chosen: Callable[[], dict[str, str]], given: dict[str, Any]) -> Callable:
-    made = functools.cache(lambda: jax.jit(function, compiler_options=chosen() or None, **given))
+    made = functools.cache(lambda: jax.jit(function, compiler_options=options() or None, **given))
     within = jax.jit(function, **given)
 
     @functools.wraps(function)

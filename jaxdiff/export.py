@@ -108,7 +108,7 @@ def load_exported(path: str | Path) -> Exported:
         raise InputError(f"{path} is not an exported sampler: {' '.join(str(error).split()) or type(error).__name__}") from error
     if jax.default_backend().replace("gpu", "cuda") not in program.platforms:
         raise InputError(f"{path} was exported for {', '.join(program.platforms)}; this is {jax.default_backend()}")
-    call = compiling.jit_inference(program.call)
+    call = compiling.jit(program.call)
 
     def generate(key, n, steps=50, label=None, guidance=1.0, times=None):
         if (kind := str(jax.random.key_impl(key))) != GENERATOR:

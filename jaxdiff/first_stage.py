@@ -142,15 +142,8 @@ def codec_of(
         whole = tiled(image, tile, tile // 4) if tile else image
         return pixel.decode(whole(z * _along(spread, z) + _along(shift, z)))
 
-    there, back = (Partial(compiling.jit_inference(way), params, shift, spread) for way in (encode, decode))
-    stage = Stage(
-        Partial(compiling.jit_inference(look), params),
-        Partial(compiling.jit_inference(draw), shift, spread),
-        digest,
-        pixels,
-        scaled,
-        tile,
-    )
+    there, back = (Partial(compiling.jit(way), params, shift, spread) for way in (encode, decode))
+    stage = Stage(Partial(compiling.jit(look), params), Partial(compiling.jit(draw), shift, spread), digest, pixels, scaled, tile)
     return Codec(there, back, stage)
 
 

@@ -340,7 +340,7 @@ def draw_samples(keys, solver, levels, data_std, x0, shape, mesh):
 
 
 # Parameters, labels, guidance, eta, the grid and the keys are traced arguments: new values never compile again.
-_draw = compiling.jit_inference(draw_samples, static_argnames=("shape", "mesh"))
+_draw = compiling.jit(draw_samples, static_argnames=("shape", "mesh"))
 
 # The programs that have been made, as far as a user is to be told that one is.
 _compiled: set[Hashable] = set()
@@ -366,7 +366,7 @@ def _draw_with_path(keys, solver, levels, data_std, x0, at, shape, mesh):
     return jnp.concatenate([state.x0, last]), jnp.concatenate([state.noisy / scale, last])
 
 
-_draw_path = compiling.jit_inference(_draw_with_path, static_argnames=("shape", "mesh"))
+_draw_path = compiling.jit(_draw_with_path, static_argnames=("shape", "mesh"))
 
 
 def _levels_to_edit(levels: Level, strength: float, resample: int) -> Level:

@@ -33,7 +33,6 @@ def test_convolutions_are_eigen_s_and_reductions_ynnpack_s_where_there_is_a_choi
 
     assert not by_ynnpack(conv, x, kernel) and not by_ynnpack(lambda a, b: a @ b, kernel[0, 0], kernel[0, 0])
     assert by_ynnpack(lambda x: x.sum((0, 1, 2)), x)
-    assert "onednn" not in compiling.jit(conv).jitted().lower(x, kernel).compile().as_text()  # its kernel gradients are slow
 
 
 def test_within_another_jit_it_is_a_plain_one_and_outside_the_same_numbers():
@@ -66,7 +65,7 @@ def test_making_one_does_not_look_for_devices():
     ((2, 8, 8, 8), (3, 3, 4, 8), {"feature_group_count": 2}), ((2, 8, 8, 6), (3, 3, 1, 6), {"feature_group_count": 6}),
     ((1, 1, 1, 1), (1, 1, 1, 1), {}),
 ])  # fmt: skip
-def test_a_convolution_and_its_gradients_are_the_same_for_inference(shape, kernel, given):
+def test_a_convolution_and_its_gradients_are_those_of_jax(shape, kernel, given):
     a, b = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate((shape, kernel)))
     space = "DHW"[5 - len(shape) :]
     numbers = f"N{space}C", f"{space}IO", f"N{space}C"
@@ -78,5 +77,5 @@ def test_a_convolution_and_its_gradients_are_the_same_for_inference(shape, kerne
         out, back = jax.vjp(lambda a, b: jax.lax.conv_general_dilated(a, b, **given), a, b)
         return out, *back(jnp.cos(out))
 
-    for ours, plain in zip(compiling.jit_inference(run)(a, b), jax.jit(run)(a, b)):
+    for ours, plain in zip(compiling.jit(run)(a, b), jax.jit(run)(a, b)):
         np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=2e-5)

@@ -230,7 +230,7 @@ def _encoded(images: np.ndarray, rows: np.ndarray, see: Callable[[Array], Array]
     return np.concatenate(out)
 
 
-@functools.partial(compiling.jit_inference, static_argnames="flip")
+@functools.partial(compiling.jit, static_argnames="flip")
 def _seen(look: Callable[[Array], Array], images: Array, flip: bool) -> Array:
     sides = (images, images[:, :, ::-1]) if flip else (images,)
     return jnp.stack([look(side) for side in sides], axis=1).astype(jnp.float16)

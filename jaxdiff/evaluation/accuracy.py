@@ -44,7 +44,7 @@ def accuracy_by_level(
     return np.concatenate(right, axis=1).mean(1, dtype=np.float64)
 
 
-@compiling.jit_inference
+@compiling.jit
 def _right(net, data_std, key, row, x0, label):
     eps = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), x0.shape[1:], x0.dtype))(row)
 

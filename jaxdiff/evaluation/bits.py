@@ -64,7 +64,7 @@ def estimator(metric: str, config, experiment: Experiment, params: Any, settings
         denoise = denoiser(experiment.net(params, cond), target, experiment.data_std)
         return bits(params, denoise, keys, images)
 
-    return compiling.jit_inference(run), line
+    return compiling.jit(run), line
 
 
 def _bpd_elbo(config, experiment, params, settings):

@@ -149,7 +149,7 @@ def classifier(workdir: str | Path) -> Features:
     built, model = experiment.build(trained.config), models.build(trained.config.model)
     level = built.schedule(trained.params)(jnp.asarray(built.draw.first, jnp.float32))
 
-    @compiling.jit_inference
+    @compiling.jit
     def net(params: Any, images: Array) -> dict[str, Array]:
         x0 = built.codec.encode(jax.random.key(0), images)
         with jax.default_matmul_precision("highest"):
@@ -186,7 +186,7 @@ def _coloured(resize: Resize, images: Array) -> Array:
     return resize(jnp.broadcast_to(images, (*images.shape[:3], 3)))
 
 
-@functools.partial(compiling.jit_inference, static_argnums=0)
+@functools.partial(compiling.jit, static_argnums=0)
 def _run(model: Any, params: Any, x: Array) -> dict[str, Array]:
     # Accelerators multiply float32 with fewer digits unless told otherwise, and a figure would depend on where it was measured.
     with jax.default_matmul_precision("highest"):

@@ -111,7 +111,7 @@ def through(model: Any, pixel: Codec) -> Through:
     There are "ssim" [B] and "codes" [B, places] besides, where `Reconstructed` has them.
     """
 
-    @compiling.jit_inference
+    @compiling.jit
     def run(params, images):
         y, codes = autoencoding.reconstructed(model, params, pixel.encode(jax.random.key(0), images))
         back = pixel.decode(y)
