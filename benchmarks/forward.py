@@ -5,8 +5,8 @@ eager, under inference_mode, with a thread a core; they are held to give the sam
 process. The ratio is theirs to ours, turn by turn, median and quartiles: above 1 we are faster.
 
 The share is of the machine's ceiling: the operations of the network's products and convolutions a second, counted in the traced
-program (`jaxdiff.training.hardware.flops`), over what the machine was measured to do in a product of two 2048 x 2048 matrices and
-in a 3x3 convolution of 128 channels.
+program (`jaxdiff.training.hardware.flops`), over what the machine does in a product of two 2048 x 2048 matrices and in a 3x3
+convolution of 128 channels, which take turns with them.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from jaxdiff.training import hardware
 COLUMNS = ("batch", "jaxdiff, ms", f"{peers.PEER}, ms", "theirs / ours", "images/s", "GFLOP/s", "of matmul", "of convolution")
 
 
-def compared(config, params, model, batch: int, repeats: int, rates: tuple[float, float]) -> list[str]:
+def compared(config, params, model, batch: int, repeats: int, limits: dict[str, measure.Work]) -> list[str]:
     """A row of the table; `model` is None where there is no PyTorch."""
     net, (x, rows, logsnr) = compiling.jit(peers.forward(experiment.build(config))), peers.noisy(batch, config.data.shape[0])
     ours = jnp.asarray(x), jnp.asarray(logsnr)
-    runs = {"ours": lambda: net(params, *ours)}
+    runs = {"ours": lambda: net(params, *ours)} | {name: limit.run for name, limit in limits.items()}
     if model is not None:
         import torch
 
@@ -36,12 +36,12 @@ def compared(config, params, model, batch: int, repeats: int, rates: tuple[float
         runs["theirs"] = lambda: peers.torch_forward(model, given, at)
     seconds = measure.turns(runs, repeats)
     taken = measure.spread(seconds["ours"]).median
-    rate = hardware.flops(net.jitted().trace(params, *ours).jaxpr) / taken
+    flops = hardware.flops(net.jitted().trace(params, *ours).jaxpr)
     theirs = ("not here", "") if model is None else (
         measure.ms(measure.spread(seconds['theirs']).median), measure.ratio(seconds["theirs"], seconds["ours"])
     )  # fmt: skip
-    shares = [f"{rate / of:.1%}" for of in rates]
-    return [f"{batch}", measure.ms(taken), *map(str, theirs), f"{batch / taken:.2f}", f"{rate / 1e9:.1f}", *shares]
+    shares = [f"{share:.1%}" for share in measure.shares(flops, seconds["ours"], limits, seconds)]
+    return [f"{batch}", measure.ms(taken), *map(str, theirs), f"{batch / taken:.2f}", f"{flops / taken / 1e9:.1f}", *shares]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -56,13 +56,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     params = peers.drawn(experiment.build(config))
     model = peers.torch_network(config, params) if peers.torch_is_here() else None
     same = "" if model is None else f"; the two agree to {peers.check_same(config, params, model):.1e}"
-    rates = measure.matmul_rate(), measure.convolution_rate()
     said = (
-        f"{peers.count(params):,} parameters, {asked.size}x{asked.size}, float32, median of {asked.repeats} turns{same}. Ceiling: "
-        f"{rates[0] / 1e9:.0f} GFLOP/s of a matrix product, {rates[1] / 1e9:.0f} of a convolution."
+        f"{peers.count(params):,} parameters, {asked.size}x{asked.size}, float32, median of {asked.repeats} turns{same}. "
+        f"{measure.CEILING}."
     )
+    limits = measure.ceilings()
     print(said, flush=True)
-    rows = [compared(config, params, model, batch, asked.repeats, rates) for batch in asked.batch]
+    rows = [compared(config, params, model, batch, asked.repeats, limits) for batch in asked.batch]
     body = measure.table(COLUMNS, rows)
     print(body)
     if asked.publish:

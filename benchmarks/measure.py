@@ -72,14 +72,21 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows])
 
 
-def matmul_rate(n: int = 2048, dtype: Any = jnp.float32, repeats: int = 7) -> float:
-    """FLOP/s of a product of two n x n matrices, the best of the turns: what the machine can do at all."""
+class Work(NamedTuple):
+    """Something to be done: its operations, and the function that does it."""
+
+    flops: float
+    run: Callable[[], Any]
+
+
+def product(n: int = 2048, dtype: Any = jnp.float32) -> Work:
+    """A product of two n x n matrices."""
     a = jnp.asarray(np.random.default_rng(0).standard_normal((n, n)), dtype)
-    return 2.0 * n**3 / _fastest(lambda a: a @ a, a, repeats=repeats)
+    return Work(2.0 * n**3, _quickest(lambda a: a @ a, a))
 
 
-def convolution_rate(batch: int = 8, size: int = 32, channels: int = 128, dtype: Any = jnp.float32, repeats: int = 7) -> float:
-    """FLOP/s of a 3x3 convolution of [batch, size, size, channels] to as many channels, the best of the turns."""
+def convolution(batch: int = 8, size: int = 32, channels: int = 128, dtype: Any = jnp.float32) -> Work:
+    """A 3x3 convolution of [batch, size, size, channels] to as many channels."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((batch, size, size, channels)), dtype)
     kernel = jnp.asarray(rng.standard_normal((3, 3, channels, channels)), dtype)
@@ -87,16 +94,34 @@ def convolution_rate(batch: int = 8, size: int = 32, channels: int = 128, dtype:
     def conv(x, kernel):
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
-    taken = _fastest(conv, x, kernel, repeats=repeats)
     taps = 3 * size - 2  # along an axis, padding left out
-    return 2.0 * batch * taps**2 * channels**2 / taken
+    return Work(2.0 * batch * taps**2 * channels**2, _quickest(conv, x, kernel))
 
 
-def _fastest(function: Callable, *args: Any, repeats: int) -> float:
-    """The least seconds of a compiled function, by our compiler options and by JAX's own."""
-    ways = {"ours": compiling.jit(function), "plain": jax.jit(function)}
-    seconds = turns({name: lambda way=way: way(*args) for name, way in ways.items()}, repeats)
-    return float(min(taken.min() for taken in seconds.values()))
+def ceilings() -> dict[str, Work]:
+    """What the machine does best, to take turns with what is held against it: its speed wanders by a fifth within minutes."""
+    return {"matmul": product(), "convolution": convolution()}
+
+
+CEILING = "Shares are of a product of two 2048 x 2048 matrices, and of a 3x3 convolution of 128 channels, in the same turns"
+
+
+def rates(limits: Mapping[str, Work], seconds: Mapping[str, np.ndarray]) -> list[float]:
+    """The FLOP/s of each, the median of its turns."""
+    return [limit.flops / float(np.median(seconds[name])) for name, limit in limits.items()]
+
+
+def shares(flops: float, ours: np.ndarray, limits: Mapping[str, Work], seconds: Mapping[str, np.ndarray]) -> list[float]:
+    """Our rate over that of each, the median of the turns."""
+    return [float(np.median(flops / ours / (limit.flops / seconds[name]))) for name, limit in limits.items()]
+
+
+def _quickest(function: Callable, *args: Any, repeats: int = 5) -> Callable[[], Any]:
+    """The function compiled by our options or by JAX's own, which is the faster here."""
+    ways = [by.lower(*args).compile() for by in (compiling.jit(function).jitted(), jax.jit(function))]
+    runs = [lambda way=way: way(*args) for way in ways]
+    seconds = turns({str(i): run for i, run in enumerate(runs)}, repeats)
+    return runs[int(np.argmin([taken.min() for taken in seconds.values()]))]
 
 
 def machine() -> str:

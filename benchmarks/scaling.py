@@ -3,7 +3,7 @@
 The network of configs/cifar.py in float32 with one of batch, width and image size changed at a time, its forward pass and its whole
 training step (with dropout, Adam and the average, the state donated). Operations are those of products and convolutions in the
 traced program (`jaxdiff.training.hardware.flops`); what time they leave unexplained is not theirs. The ceiling is what the machine
-was measured to do in a product of two 2048 x 2048 matrices; a 3x3 convolution of 128 channels is measured beside it.
+does in a product of two 2048 x 2048 matrices that takes turns with it; so does a 3x3 convolution of 128 channels.
 
 Each time is the median of --repeats calls after one that does not count; what takes more than 3 s has 3 calls, as its row says.
 Writes docs/images/scaling_cost.png with --publish, or --out. `log-log slope` is of time against operations along a series: 1 where
@@ -38,11 +38,13 @@ class Size(NamedTuple):
 
 
 class Point(NamedTuple):
-    """Of one size: operations, the seconds of a call, and of how many calls they are the median."""
+    """Of one size: operations, the seconds of a call, the median of so many, the ceilings' rates and our shares of them."""
 
     flops: float
     seconds: float
     calls: int
+    rates: tuple[float, ...]
+    shares: tuple[float, ...]
 
 
 def forward(at: Size) -> tuple[Callable[[], Any], float]:
@@ -65,13 +67,15 @@ def training(at: Size) -> tuple[Callable[[], Any], float]:
 WHAT = {"forward": forward, "training step": training}
 
 
-def measured(made: tuple[Callable[[], Any], float], repeats: int) -> Point:
+def measured(made: tuple[Callable[[], Any], float], repeats: int, limits: dict[str, measure.Work]) -> Point:
     function, flops = made
-    jax.block_until_ready(function())
-    first = measure.turns({"": function}, 1, warm=0)[""]
-    more = min(repeats, 3) if first[0] > LONG else repeats
-    seconds = np.concatenate([first, measure.turns({"": function}, more - 1, warm=0)[""]])
-    return Point(flops, float(np.median(seconds)), more)
+    runs = {"": function} | {name: limit.run for name, limit in limits.items()}
+    first = measure.turns(runs, 1)
+    calls = min(repeats, 3) if first[""][0] > LONG else repeats
+    others = measure.turns(runs, calls - 1, warm=0)
+    seconds = {name: np.concatenate([first[name], others[name]]) for name in runs}
+    shares = measure.shares(flops, seconds[""], limits, seconds)
+    return Point(flops, float(np.median(seconds[""])), calls, tuple(measure.rates(limits, seconds)), tuple(shares))
 
 
 def series(middle: Size, asked: argparse.Namespace, what: str) -> dict[str, list[Size]]:
@@ -90,12 +94,13 @@ def slope(points: Iterable[Point]) -> float:
     return float(np.polyfit(flops, seconds, 1)[0]) if len(flops) > 1 else float("nan")
 
 
-def plot(found: dict[tuple[str, str], list[Point]], matmul: float, convolution: float, path: Path) -> None:
+def plot(found: dict[tuple[str, str], list[Point]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    matmul, convolution = np.median([p.rates for points in found.values() for p in points], axis=0)
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
     for ax, what in zip(axes, WHAT):
         mine = {name: points for (of, name), points in found.items() if of == what}
@@ -114,10 +119,10 @@ def plot(found: dict[tuple[str, str], list[Point]], matmul: float, convolution: 
     plt.close(figure)
 
 
-def row(what: str, name: str, at: Size, point: Point, rates: tuple[float, float]) -> list[str]:
+def row(what: str, name: str, at: Size, point: Point) -> list[str]:
     rate = point.flops / point.seconds
     time = [f"{point.flops / 1e9:.4g}", measure.ms(point.seconds), f"{point.calls}", f"{rate / 1e9:.1f}"]
-    return [what, name, *map(str, at), *time, *(f"{rate / of:.1%}" for of in rates)]
+    return [what, name, *map(str, at), *time, *(f"{share:.1%}" for share in point.shares)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -133,9 +138,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--publish", action="store_true", help="adds the entry to docs/benchmarks.md, and writes the picture there")
     parser.add_argument("--out", type=Path, help="where to write the picture")
     asked = parser.parse_args(argv)
-    rates = measure.matmul_rate(), measure.convolution_rate()
-    ceiling = f"{rates[0] / 1e9:.0f} GFLOP/s of a matrix product, {rates[1] / 1e9:.0f} of a convolution"
-    said = f"float32, median of {asked.repeats} calls (3 above {LONG:.0f} s). Ceiling: {ceiling}."
+    limits = measure.ceilings()
+    said = f"float32, median of {asked.repeats} calls (3 above {LONG:.0f} s). {measure.CEILING}."
     print(said, flush=True)
     known: dict[tuple[str, Size], Point] = {}  # a size that is in several series is measured once
     found: dict[tuple[str, str], list[Point]] = {}
@@ -144,9 +148,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, sizes in series(Size(*asked.middle), asked, what).items():
             for at in sizes:
                 if (what, at) not in known:
-                    known[what, at] = measured(make(at), asked.repeats)
+                    known[what, at] = measured(make(at), asked.repeats, limits)
                     jax.clear_caches()  # its program is of no more use, and holds memory
-                rows.append(row(what, name, at, known[what, at], rates))
+                rows.append(row(what, name, at, known[what, at]))
                 print(" ".join(rows[-1]), flush=True)
             found[what, name] = [known[what, at] for at in sizes]
     slopes = [[what, name, f"{slope(points):.3f}"] for (what, name), points in found.items()]
@@ -154,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\n{body}")
     path = asked.out or (PICTURE if asked.publish else None)
     if path:
-        plot(found, *rates, path)
+        plot(found, path)
     if asked.publish:
         picture = "![time against operations](images/scaling_cost.png)"
         measure.publish("Time against operations", f"{said}\n\n{picture}\n\n{body}", measure.command(__file__, argv))

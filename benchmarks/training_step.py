@@ -94,13 +94,13 @@ def parts(config, built, params, n: int) -> dict[str, Callable[[], Any]]:
     }
 
 
-def compared(config, params, n: int, repeats: int, rates: tuple[float, float]) -> list[str]:
+def compared(config, params, n: int, repeats: int, limits: dict[str, measure.Work]) -> list[str]:
     """A row of the first table."""
     built = experiment.build(config)
     state, optimizer = peers.state_of(config, built, params)
     key, batch, step = jax.random.key(0), batch_of(config, n), compiling.jit(make_step(built, optimizer), donate_argnums=1)
     count = hardware.flops(step.jitted().trace(key, state, batch).jaxpr)
-    runs = {"ours": going(step, key, state, batch)}
+    runs = {"ours": going(step, key, state, batch)} | {name: limit.run for name, limit in limits.items()}
     if peers.torch_is_here():
         theirs, images = peers.torch_step(peers.torch_network(config, params), config), peers.torch_images(batch["image"])
         runs["theirs"] = lambda: theirs(images)
@@ -109,7 +109,7 @@ def compared(config, params, n: int, repeats: int, rates: tuple[float, float]) -
     beside = ("not here", "")
     if "theirs" in seconds:
         beside = measure.ms(measure.spread(seconds["theirs"]).median), str(measure.ratio(seconds["theirs"], seconds["ours"]))
-    shares = [f"{count / ours / of:.1%}" for of in rates]
+    shares = [f"{share:.1%}" for share in measure.shares(count, seconds["ours"], limits, seconds)]
     return [f"{n}", measure.ms(ours), *beside, f"{n / ours:.2f}", f"{count / ours / 1e9:.1f}", *shares]
 
 
@@ -188,13 +188,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     same = ""
     if peers.torch_is_here():
         same = f"; the two networks agree to {peers.check_same(config, params, peers.torch_network(config, params)):.1e}"
-    rates = measure.matmul_rate(), measure.convolution_rate()
     said = (
-        f"{peers.count(params):,} parameters, {asked.size}x{asked.size}, float32, median of {asked.repeats} turns{same}. Ceiling: "
-        f"{rates[0] / 1e9:.0f} GFLOP/s of a matrix product, {rates[1] / 1e9:.0f} of a convolution."
+        f"{peers.count(params):,} parameters, {asked.size}x{asked.size}, float32, median of {asked.repeats} turns{same}. "
+        f"{measure.CEILING}."
     )
+    limits = measure.ceilings()
     print(said, flush=True)
-    told = [measure.table(COLUMNS, [compared(config, params, n, asked.repeats, rates) for n in asked.batch])]
+    told = [measure.table(COLUMNS, [compared(config, params, n, asked.repeats, limits) for n in asked.batch])]
     print(f"\n{told[-1]}", flush=True)
     if asked.parts:
         told += [table_of_parts(config, params, asked.batch[0], asked.repeats)]

@@ -27,13 +27,16 @@ def shallow(channels=8, size=8, dropout=0.1):
     return config
 
 
+def small_ceilings():
+    return {"matmul": measure.product(64), "convolution": measure.convolution(1, 8, 8)}
+
+
 @pytest.fixture
 def alone(monkeypatch):
-    """A shallow network, no PyTorch, and no second spent on the machine's ceiling: 100 GFLOP/s of either kind."""
+    """A shallow network, no PyTorch, and no second spent on the machine's ceilings."""
     monkeypatch.setattr(peers, "config_of", shallow)
     monkeypatch.setattr(peers, "torch_is_here", lambda: False)
-    for name in ("matmul_rate", "convolution_rate"):
-        monkeypatch.setattr(measure, name, lambda: 1e11)
+    monkeypatch.setattr(measure, "ceilings", small_ceilings)
 
 
 def rows(text):
@@ -70,14 +73,42 @@ def test_a_table_is_markdown():
     assert measure.table(("what", "s"), [["a", 1], ["b", 2.5]]) == "| what | s |\n|---|---|\n| a | 1 |\n| b | 2.5 |"
 
 
-def test_rates_count_operations_as_a_traced_program_does(monkeypatch):
-    monkeypatch.setattr(measure, "turns", lambda functions, repeats: {"": np.array([4.0, 2.0])})
+def test_ceilings_count_operations_as_a_traced_program_does():
     x, kernel = jnp.zeros((3, 16, 16, 4)), jnp.zeros((3, 3, 4, 4))
     conv = jax.make_jaxpr(
         lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
     )
-    assert 2 * measure.convolution_rate(batch=3, size=16, channels=4) == hardware.flops(conv(x, kernel))
-    assert 2 * measure.matmul_rate(n=32) == hardware.flops(jax.make_jaxpr(jnp.matmul)(jnp.zeros((32, 32)), jnp.zeros((32, 32))))
+    limit = measure.convolution(batch=3, size=16, channels=4)
+    assert limit.flops == hardware.flops(conv(x, kernel)) and limit.run().shape == x.shape
+    limit = measure.product(n=32)
+    assert limit.flops == hardware.flops(jax.make_jaxpr(jnp.matmul)(jnp.zeros((32, 32)), jnp.zeros((32, 32))))
+    assert limit.run().shape == (32, 32)
+
+
+def test_a_share_is_of_what_the_machine_did_in_the_same_turns():
+    limits = {"matmul": measure.Work(8.0, lambda: None), "convolution": measure.Work(4.0, lambda: None)}
+    seconds = {"matmul": np.array([1.0, 2.0, 1.0]), "convolution": np.array([1.0, 2.0, 4.0])}
+    assert measure.rates(limits, seconds) == [8.0, 2.0]
+    # 6 operations at rates of 3, 1 and 6, beside 8, 4 and 8, and 4, 2 and 1
+    assert measure.shares(6.0, np.array([2.0, 6.0, 1.0]), limits, seconds) == [0.375, 0.75]
+
+
+def test_a_ceiling_is_the_quicker_of_the_two_compiled(monkeypatch):
+    for seconds, quicker in (
+        (
+            (
+                [3.0, 9.0],
+                [4.0, 5.0],
+            ),
+            0,
+        ),
+        (([4.0, 5.0], [3.0, 9.0]), 1),
+    ):
+        kept = []
+        monkeypatch.setattr(
+            measure, "turns", lambda runs, n, s=seconds, k=kept: k.extend(runs.values()) or dict(zip(runs, map(np.array, s)))
+        )
+        assert measure._quickest(lambda x: x + 1, jnp.zeros(2)) is kept[quicker]
 
 
 def test_an_entry_goes_above_the_others_and_they_stay(tmp_path):
@@ -134,6 +165,7 @@ def test_forward_alone(alone, capsys, monkeypatch, tmp_path):
     page.write_text("# Benchmarks\n\n## Old\n\nfigures\n")
     publish = measure.publish
     monkeypatch.setattr(measure, "publish", lambda *entry: publish(*entry, page))
+    monkeypatch.setattr(measure, "shares", lambda flops, ours, *limits: [flops / float(np.median(ours)) / 1e11] * 2)
     forward.main([*TINY, "--batch", "2", "--repeats", "3", "--publish"])
     told = rows(capsys.readouterr().out)
     assert [row[0] for row in told] == ["2"] and {row[2] for row in told} == {"not here"}
@@ -190,7 +222,7 @@ def test_likelihood_alone(alone, capsys):
 
 
 def test_slopes_are_of_logarithms():
-    points = [scaling.Point(flops, 3e-9 * flops**0.75, 5) for flops in (1e6, 2e8, 5e9)]
+    points = [scaling.Point(flops, 3e-9 * flops**0.75, 5, (), ()) for flops in (1e6, 2e8, 5e9)]
     assert scaling.slope(points) == pytest.approx(0.75)
 
 
@@ -198,7 +230,8 @@ def test_long_calls_are_fewer(monkeypatch):
     for seconds, calls in ((1.0, 5), (4.0, 3)):
         clock = iter(np.arange(100) * seconds)
         monkeypatch.setattr(measure.time, "perf_counter", lambda clock=clock: float(next(clock)))
-        assert scaling.measured((lambda: None, 7.0), 5) == scaling.Point(7.0, seconds, calls)
+        limits = {"matmul": measure.Work(14.0, lambda: None)}
+        assert scaling.measured((lambda: None, 7.0), 5, limits) == scaling.Point(7.0, seconds, calls, (14.0 / seconds,), (0.5,))
 
 
 @pytest.mark.slow
