@@ -99,8 +99,15 @@ def convolution(batch: int = 8, size: int = 32, channels: int = 128, dtype: Any 
 
 
 def ceilings() -> dict[str, Work]:
-    """What the machine does best, to take turns with what is held against it: its speed wanders by a fifth within minutes."""
-    return {"matmul": product(), "convolution": convolution()}
+    """What the machine does best, to take turns with what is held against it: its speed wanders by a fifth within minutes.
+
+    Each does a few tenths of a second, so that one turn is not a single short call right after a long one.
+    """
+    return {"matmul": _repeated(product(), 5), "convolution": _repeated(convolution(), 25)}
+
+
+def _repeated(work: Work, times: int) -> Work:
+    return Work(times * work.flops, lambda: [work.run() for _ in range(times)])
 
 
 CEILING = "Shares are of a product of two 2048 x 2048 matrices, and of a 3x3 convolution of 128 channels, in the same turns"

@@ -85,6 +85,13 @@ def test_ceilings_count_operations_as_a_traced_program_does():
     assert limit.run().shape == (32, 32)
 
 
+def test_a_ceiling_that_is_repeated_counts_every_time():
+    done = []
+    work = measure._repeated(measure.Work(2.0, lambda: done.append(0)), 3)
+    work.run()
+    assert work.flops == 6.0 and len(done) == 3
+
+
 def test_a_share_is_of_what_the_machine_did_in_the_same_turns():
     limits = {"matmul": measure.Work(8.0, lambda: None), "convolution": measure.Work(4.0, lambda: None)}
     seconds = {"matmul": np.array([1.0, 2.0, 1.0]), "convolution": np.array([1.0, 2.0, 4.0])}
