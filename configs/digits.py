@@ -2,7 +2,7 @@
 
     python train.py --config=configs/digits.py
 
-Time: 140 s on 2 CPU cores, compiling included, the first grid after 38 s.
+Time: 104 s on 2 CPU cores, compiling included, the first grid after 41 s.
 Expected and measured: docs/results.md.
 """
 
